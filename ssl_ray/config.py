@@ -1,0 +1,353 @@
+"""The configuration of a run: frozen dataclasses, checked when they are made; the only home of every default.
+
+*Identity* is what changes results (data, views, model, loss, optimisation, batch, lanes, seed): it is hashed, and a
+run URI belongs to one identity. The fields named in ``EXECUTION`` (workers, cadence, logging) may change at every restart.
+Imports neither torch nor Ray.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from typing import Any, Literal
+
+from ssl_ray.errors import UsageError
+
+MAX_LANES = 64
+
+
+def _check(ok: bool, key: str, got: object, expected: str) -> None:
+    if not ok:
+        raise UsageError(f"{key}: got {got}, expected {expected}.")
+
+
+def _check_probabilities(section: str, values: dict[str, float | tuple[float, ...]]) -> None:
+    for name, value in values.items():
+        each = value if isinstance(value, tuple) else (value,)
+        _check(bool(each) and all(0 <= p <= 1 for p in each), f"{section}.{name}", value, "probabilities from 0 to 1")
+
+
+def _check_range(key: str, value: tuple[float, float], low: float, high: float) -> None:
+    ok = low < value[0] <= value[1] <= high
+    _check(ok, key, list(value), f"two increasing numbers above {low:g}" + (f", up to {high:g}" * math.isfinite(high)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    uri: str = "digits"
+    """Shards to train on: a folder or URI with a manifest (see `ssl-ray data pack|index`), or `digits` (built in)."""
+    fraction: float = 1.0
+    """Share of the training samples to use, above 0 up to 1; nested: a smaller fraction is inside every larger one."""
+    balanced: bool = False
+    """Take the fraction from every class alike (the samples must have labels)."""
+    eval_uri: str | None = None
+    """Shards of held-out images for the read-outs; null: `eval_fraction` of `uri` is held out by key hash."""
+    eval_fraction: float = 0.1
+    """Share of `uri` held out for evaluation where `eval_uri` is null, above 0 and below 1."""
+    max_bad_samples: int = 0
+    """Distinct undecodable samples to replace and report before the run stops."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.fraction <= 1, "data.fraction", self.fraction, "a number above 0, up to 1")
+        _check(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "a number above 0, below 1")
+        _check(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Views:
+    """Augmentation. A probability may be a list, over which the views cycle: [1.0, 0.1] blurs view 0 always, view 1 rarely."""
+
+    count: int = 4
+    """Views per image, m."""
+    size_px: int = 32
+    """Height and width of a view."""
+    channels: Literal[1, 3] = 3
+    """3: RGB, grey images are repeated; 1: grey, colour images are converted."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the crop as a share of the image's."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the crop."""
+    flip: float | tuple[float, ...] = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float | tuple[float, ...] = 0.8
+    """Probability of the four colour changes below."""
+    brightness: float = 0.4
+    """Factor from max(0, 1 - x) to 1 + x; likewise contrast and saturation."""
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    """Rotation of hue from -x to x of a full turn, 0 to 0.5."""
+    grayscale: float | tuple[float, ...] = 0.2
+    """Probability of grey."""
+    blur: float | tuple[float, ...] = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels of the view."""
+    solarize: float | tuple[float, ...] = 0.0
+    """Probability of inverting every value of 128 and above."""
+
+    def __post_init__(self) -> None:
+        _check(2 <= self.count <= 1024, "views.count", self.count, "2 to 1024")
+        _check(4 <= self.size_px <= 4096, "views.size_px", self.size_px, "4 to 4096")
+        _check_range("views.crop_scale", self.crop_scale, 0, 1)
+        _check_range("views.crop_ratio", self.crop_ratio, 0, math.inf)
+        _check_range("views.blur_sigma", self.blur_sigma, 0, math.inf)
+        names = ("flip", "jitter", "grayscale", "blur", "solarize")
+        _check_probabilities("views", {name: getattr(self, name) for name in names})
+        for name in ("brightness", "contrast", "saturation"):
+            _check(0 <= getattr(self, name) < math.inf, f"views.{name}", getattr(self, name), "0 or more")
+        _check(0 <= self.hue <= 0.5, "views.hue", self.hue, "0 to 0.5")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    encoder: str = "small"
+    """`small` (a residual encoder for CPUs, 128 features) or the name of a torchvision classification model."""
+    projector_dim: int = 256
+    """d: dimensions of the embedding z."""
+    projector_width: int | None = None
+    """Width of the projector's hidden layers; null: d."""
+    projector_depth: int = 2
+    """Linear layers of the projector."""
+    projector_norm: Literal["batch", "layer", "none"] = "batch"
+    """Normalisation after each hidden layer of the projector."""
+    batch_norm: Literal["global", "local"] = "global"
+    """Batch statistics over all workers (any worker count gives the same run) or over each worker's share alone."""
+
+    def __post_init__(self) -> None:
+        _check(self.projector_dim >= 2, "model.projector_dim", self.projector_dim, "2 or more")
+        width = self.projector_width
+        _check(width is None or width >= 1, "model.projector_width", width, "1 or more, or null")
+        _check(1 <= self.projector_depth <= 8, "model.projector_depth", self.projector_depth, "1 to 8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    name: Literal["barlow_twins", "vicreg", "spectral"] = "barlow_twins"
+    form: Literal["mean", "pairs", "classic"] = "mean"
+    """Barlow Twins only. mean: of the mean embedding; pairs: the unbiased mean over pairs of views; classic: two views."""
+    beta: float | Literal["auto"] = "auto"
+    """Barlow Twins' weight of the off-diagonal; auto: 2.8 / projector_dim."""
+    invariance: float = 25.0
+    """VICReg's weight of the distance between views."""
+    variance: float = 25.0
+    """VICReg's weight of the variance hinge."""
+    covariance: float = 1.0
+    """VICReg's weight of the covariance."""
+
+    def __post_init__(self) -> None:
+        beta = self.beta
+        _check(beta == "auto" or 0 < beta < math.inf, "loss.beta", beta, "a number above 0, or auto")
+        for name in ("invariance", "variance", "covariance"):
+            _check(0 <= getattr(self, name) < math.inf, f"loss.{name}", getattr(self, name), "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+    name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 1e-6
+    warmup_epochs: float = 0.5
+    """Epochs over which the learning rate rises to its peak; then it falls to 0 along a cosine."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.lr < math.inf, "optim.lr", self.lr, "a number above 0")
+        _check(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more")
+        _check(0 <= self.warmup_epochs < math.inf, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    batch: int = 128
+    """G: images in a global batch, whatever the number of workers."""
+    epochs: int = 10
+    steps: int | None = None
+    """Stop after so many steps; null: after `epochs`. The learning rate's schedule ends there too."""
+    lanes: int | None = None
+    """L: lanes that the batch is dealt in, a divisor of `batch`; no more workers than lanes. null: the largest up to 64."""
+    bf16: bool = False
+    """Forward and backward in bfloat16 autocast; the loss stays in float32."""
+    init_from: str | None = None
+    """Start from the weights of this run, checkpoint or safetensors file instead of random ones."""
+    workers: int = 2
+    """Ray Train workers; 0 trains in this process without Ray."""
+    threads: int = 1
+    """CPU threads of one worker's tensor operations. Recorded: another number changes the order of sums."""
+    digest: bool = False
+    """Add a digest of the views to each step's record."""
+
+    def __post_init__(self) -> None:
+        _check(self.batch >= 2, "train.batch", self.batch, "2 or more")
+        _check(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
+        _check(self.steps is None or self.steps >= 1, "train.steps", self.steps, "1 or more, or null")
+        _check(self.threads >= 1, "train.threads", self.threads, "1 or more")
+        _check(self.workers >= 0, "train.workers", self.workers, "0 or more")
+        if self.lanes is not None:
+            ok = self.lanes >= 1 and self.batch % self.lanes == 0
+            divisors = [n for n in range(1, self.batch + 1) if self.batch % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - (self.lanes or 0)))
+            _check(ok, "train.lanes", self.lanes, f"a divisor of train.batch={self.batch}, for example {nearest}")
+        if self.workers > self.num_lanes():
+            raise UsageError(
+                f"train.workers: got {self.workers}, but train.batch={self.batch} is dealt in {self.num_lanes()} lanes and each "
+                "worker needs one. Use fewer workers, or set train.lanes to a larger divisor of train.batch."
+            )
+
+    def num_lanes(self) -> int:
+        """L: `lanes`, or the largest divisor of the batch up to MAX_LANES."""
+        return self.lanes or max(n for n in range(1, min(self.batch, MAX_LANES) + 1) if self.batch % n == 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    every_epochs: int = 0
+    """Read-outs every so many epochs while training; 0: only at the end."""
+    max_images: int = 20000
+    """At most so many labelled training images for the read-outs."""
+
+    def __post_init__(self) -> None:
+        _check(self.every_epochs >= 0, "evaluate.every_epochs", self.every_epochs, "0 or more")
+        _check(self.max_images >= 10, "evaluate.max_images", self.max_images, "10 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every_steps: int | None = None
+    """A checkpoint every so many steps; null: only by time, at evaluations and at the end."""
+    every_s: float = 60.0
+    """A checkpoint after so many seconds without one."""
+    keep: int = 2
+    """Newest checkpoints to keep, beside the best one."""
+
+    def __post_init__(self) -> None:
+        every = self.every_steps
+        _check(every is None or every >= 1, "checkpoint.every_steps", every, "1 or more, or null")
+        _check(self.every_s > 0, "checkpoint.every_s", self.every_s, "a number above 0")
+        _check(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    run: str | None = None
+    """Folder or URI of the run; null: runs/NAME-HASH, after the data and the identity."""
+    seed: int = 0
+    """Everything random follows from it; 0 to 2**32 - 1."""
+    data: Data = Data()
+    views: Views = Views()
+    model: Model = Model()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
+        if self.loss.form == "classic" and self.loss.name == "barlow_twins" and self.views.count != 2:
+            raise UsageError(
+                f"loss.form: classic compares two views, but views.count is {self.views.count}. "
+                "Set views.count=2, or loss.form=pairs, which is the same idea for any number of views."
+            )
+
+
+# Keys that may change when a run is resumed: they do not change what it computes (threads only the order of sums).
+EXECUTION = frozenset(
+    {"run", "train.workers", "train.threads", "train.digest", "evaluate.every_epochs"}
+    | {f"checkpoint.{field.name}" for field in dataclasses.fields(Checkpoint)}
+)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The nested plain values of `config`, as JSON and YAML hold them."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'loss': {'beta': 1}} -> {'loss.beta': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The flat keys and values that decide the results of a run."""
+    return {key: value for key, value in flatten(to_dict(config)).items() if key not in EXECUTION}
+
+
+def canonical_hash(values: dict[str, Any]) -> str:
+    """sha256 (hex) of the canonical JSON of `values`: sorted keys, no spaces."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _default_keys() -> dict[str, Any]:
+    return flatten(to_dict(Config()))
+
+
+def _parser():
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def build(values: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), source: str = "configuration") -> Config:
+    """A checked Config from nested `values` (a recipe, a run's record) and `overrides` of the form a.b=c, which win.
+
+    Raises UsageError that names the key, what was got and what was expected.
+    """
+    known = _default_keys()
+    sections = {key.split(".")[0] for key in known if "." in key}
+    flat = flatten({key: value for key, value in values.items() if value is not None or key not in sections})
+    texts: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.removeprefix("--")
+        if not equals:
+            raise UsageError(f"{override}: not understood. Options are given as KEY=VALUE, for example views.count=8.")
+        texts[key] = text
+    for key in [*flat, *texts]:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
+                k for k in known if k.split(".")[-1] == key.split(".")[-1]
+            ]
+            where = source if key in flat else "command line"
+            hint = f" Did you mean {near[0]}?" if near else " `ssl-ray config show` lists all keys."
+            raise UsageError(f"{key}: no such key ({where}).{hint}")
+    return _instantiate(flat, texts)
+
+
+def _instantiate(flat: dict[str, Any], texts: dict[str, str]) -> Config:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    for key, text in texts.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = text
+    parser = _parser()
+    try:
+        made = parser.instantiate(parser.parse_object(nested))
+        return Config(**vars(made))
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(_readable(error, {**flat, **texts})) from error
+
+
+def _readable(error: Exception, given: dict[str, Any]) -> str:
+    """One line from jsonargparse's several: the key, what was got, which types were expected."""
+    text = str(error)
+    key = text.partition('"')[2].partition('"')[0]
+    if key in given:
+        section, _, name = key.rpartition(".")
+        holder = type(getattr(Config(), section)) if section else Config
+        kind = next(field.type for field in dataclasses.fields(holder) if field.name == name)
+        expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        return f"{key}: got {given[key]!r}, expected {expected}."
+    return " ".join(text.split())
+
