@@ -252,9 +252,10 @@ class Config:
             )
 
 
-# Keys that may change when a run is resumed: they do not change what it computes (threads only the order of sums).
+# Keys that may change when a run is resumed: they do not change what it computes (threads only the order of sums; data
+# may move, since a run is tied to the digest of its manifest).
 EXECUTION = frozenset(
-    {"run", "train.workers", "train.threads", "train.digest", "evaluate.every_epochs"}
+    {"run", "data.uri", "data.eval_uri", "train.workers", "train.threads", "train.digest", "evaluate.every_epochs"}
     | {f"checkpoint.{field.name}" for field in dataclasses.fields(Checkpoint)}
 )
 
@@ -281,6 +282,24 @@ def canonical_hash(values: dict[str, Any]) -> str:
     """sha256 (hex) of the canonical JSON of `values`: sorted keys, no spaces."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe() -> list[dict[str, Any]]:
+    """For each key: its type, default, whether it belongs to the identity, and the sentence under it in this file."""
+    import ast
+    import inspect
+
+    defaults, rows = _default_keys(), []
+    for key in defaults:
+        section, _, name = key.rpartition(".")
+        holder = type(getattr(Config(), section)) if section else Config
+        body = ast.parse(inspect.getsource(holder)).body[0].body  # type: ignore[attr-defined]
+        at = next(i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name)
+        after = body[at + 1].value if at + 1 < len(body) and isinstance(body[at + 1], ast.Expr) else None
+        sentence = ast.literal_eval(after) if isinstance(after, ast.Constant) else None
+        kind, fixed = ast.unparse(body[at].annotation), key not in EXECUTION
+        rows.append({"key": key, "type": kind, "default": defaults[key], "identity": fixed, "help": sentence})
+    return rows
 
 
 def _default_keys() -> dict[str, Any]:

@@ -1,0 +1,244 @@
+"""The command line: verbs that parse, call and print, and turn an error into an exit code. No logic lives here."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ssl_ray import __version__, config, console, storage
+from ssl_ray.config import Config
+from ssl_ray.errors import DataError, SslRayError, UsageError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0 ok, 2 usage, 3 data or storage, 4 resources, 1 other, 130 stopped."""
+    options = _parser().parse_args(arguments)
+    try:
+        with console.stdout_for_the_result():
+            value, show = options.verb(options)
+        if options.json:
+            print(json.dumps(value, indent=1, default=str))
+        else:
+            show(value)
+        sys.stdout.flush()
+        return DataError.exit_code if options.verb is _data_check and not value["ok"] else 0
+    except SslRayError as error:
+        console.error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _read_recipe(name: str) -> dict[str, Any]:
+    """The values of a recipe: the name of one that comes with ssl_ray, a YAML file, or a run (its configuration)."""
+    import yaml
+
+    path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
+    if "://" in name or path.is_dir():
+        from ssl_ray.train.runs import load_run
+
+        return load_run(name)["config"]
+    if not path.is_file():
+        raise UsageError(f"{name}: no such recipe or file. Recipes: {', '.join(recipe_names())}.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: got {type(values).__name__}, expected keys and values, as in views: {{count: 8}}.")
+    return values
+
+
+def read_config(recipe: str | None, overrides: list[str]) -> Config:
+    """The configuration that a recipe and KEY=VALUE overrides give; the digits recipe where neither names data."""
+    names_data = any(text.removeprefix("--").startswith("data.uri=") for text in overrides)
+    if recipe is None and not names_data:
+        recipe = "digits"
+    values = {} if recipe is None else _read_recipe(recipe)
+    return config.build(values, overrides, source=recipe or "defaults")
+
+
+# Verbs: each returns what it found, how to show it, and perhaps the error that it is ------------------------------------
+
+Result = tuple[Any, Callable[[Any], None]]
+
+
+def _pretrain(options: argparse.Namespace) -> Result:
+    made = read_config(options.config, options.overrides)
+    with console.progress(quiet=options.json) as progress:
+        from ssl_ray.train.pretrain import pretrain
+
+        return pretrain(made, resume=options.resume, progress=progress), console.summary
+
+
+def _evaluate(options: argparse.Namespace) -> Result:
+    from ssl_ray.train.readouts import evaluate_checkpoint
+
+    return evaluate_checkpoint(options.run, step=options.step, untrained=options.untrained), console.evaluation
+
+
+def _plan(options: argparse.Namespace) -> Result:
+    from ssl_ray.train.forecast import forecast
+
+    made = read_config(options.config, options.overrides)
+    return forecast(made, probe_steps=0 if options.no_probe else 3), console.record
+
+
+def _config_show(options: argparse.Namespace) -> Result:
+    made = read_config(options.config, options.overrides)
+    return config.to_dict(made), console.yaml_text
+
+
+def _config_schema(options: argparse.Namespace) -> Result:
+    return config.describe(), console.schema
+
+
+def _config_diff(options: argparse.Namespace) -> Result:
+    a, b = (config.flatten(config.to_dict(read_config(name, []))) for name in (options.a, options.b))
+    return [{"key": key, options.a: a[key], options.b: b[key]} for key in a if a[key] != b[key]], console.rows
+
+
+def _runs_list(options: argparse.Namespace) -> Result:
+    from ssl_ray.train.runs import list_runs
+
+    return list_runs(options.uri), console.rows
+
+
+def _data_pack(options: argparse.Namespace) -> Result:
+    from ssl_ray import shards
+
+    with console.counting("images", quiet=options.json) as progress:
+        source = shards.open_source(options.source, split=options.split, root=options.root, download=options.download)
+        size = int(options.shard_mb * 2**20)
+        manifest = shards.pack(
+            source, options.uri, seed=options.seed, shard_bytes=size, overwrite=options.overwrite, progress=progress
+        )
+    return _manifest_record(manifest), console.record
+
+
+def _data_index(options: argparse.Namespace) -> Result:
+    from ssl_ray import shards
+
+    with console.counting("shards", quiet=options.json) as progress:
+        manifest = shards.index(options.uri, output=options.output, progress=progress)
+    return _manifest_record(manifest), console.record
+
+
+def _manifest_record(manifest: Any) -> dict[str, Any]:
+    return {
+        "manifest": manifest.uri,
+        "shards": len(manifest.counts),
+        "samples": manifest.num_samples,
+        "bytes": int(manifest.sizes.sum()),
+        "classes": None if manifest.class_counts is None else len(manifest.class_counts),
+    }
+
+
+def _data_check(options: argparse.Namespace) -> Result:
+    from ssl_ray import shards
+
+    with console.counting("shards", quiet=options.json) as progress:
+        report = shards.check(options.uri, progress=progress)
+    return report, console.check
+
+
+def _data_stats(options: argparse.Namespace) -> Result:
+    from ssl_ray import shards
+
+    return shards.stats(options.uri), console.record
+
+
+def _data_preview(options: argparse.Namespace) -> Result:
+    from ssl_ray.stream import draw_preview
+
+    made = read_config(options.config, [f"data.uri={options.uri}", *options.overrides])
+    picture = draw_preview(made.data.uri, spec=made.views, seed=made.seed, num_images=options.images)
+    storage.write_atomic(options.output, picture)
+    return {"written": options.output}, console.record
+
+
+# The parser ---------------------------------------------------------------------------------------------------------
+
+_KEYS = "KEY=VALUE ... set any key of the configuration, e.g. views.count=8 (`ssl-ray config schema` lists them)"
+
+
+def _add(verbs: Any, name: str, verb: Any, help: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=help, description=help)
+    parser.set_defaults(verb=verb)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
+    return parser
+
+
+def _takes_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", metavar="RECIPE", help="a recipe's name, a YAML file or a run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_KEYS)
+
+
+def _group(verbs: Any, name: str, help: str) -> Any:
+    return verbs.add_parser(name, help=help, description=help).add_subparsers(required=True, metavar="VERB")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ssl-ray",
+        description="Self-supervised vision pretraining with many views and small projectors, on Ray.",
+        epilog="Exit codes: 0 ok, 1 other (NaN, collapse), 2 usage, 3 data or storage, 4 resources, 130 stopped.",
+    )
+    parser.add_argument("--version", action="version", version=f"ssl-ray {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    pretrain = _add(verbs, "pretrain", _pretrain, "Train an encoder, from wherever the run stands, and read it out.")
+    pretrain.add_argument("--resume", choices=("auto", "never"), default="auto", help="auto continues the run that is there")
+    _takes_config(pretrain)
+    evaluate = _add(verbs, "evaluate", _evaluate, "Read out a checkpoint of a run: linear, kNN, alpha, RankMe.")
+    evaluate.add_argument("run", help="folder or URI of the run")
+    evaluate.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest")
+    evaluate.add_argument("--untrained", action="store_true", help="the network before training, batch norm calibrated")
+    _takes_config(_add(verbs, "plan", _plan, "What a run would take: steps, samples, bytes, memory, time."))
+    verbs.choices["plan"].add_argument("--no-probe", action="store_true", help="do not train a few steps to estimate time")
+    _add_data(_group(verbs, "data", "Shards: pack, index, check, look at."))
+    configs = _group(verbs, "config", "Configurations: show, explain, compare.")
+    _takes_config(_add(configs, "show", _config_show, "Print the whole configuration that a command would use."))
+    _add(configs, "schema", _config_schema, "List all keys: type, default, meaning.")
+    diff = _add(configs, "diff", _config_diff, "The keys in which two recipes or runs differ.")
+    diff.add_argument("a", help="a recipe's name, a YAML file or a run")
+    diff.add_argument("b", help="likewise")
+    runs = _group(verbs, "runs", "Runs: list.")
+    listing = _add(runs, "list", _runs_list, "The runs below a folder or URI.")
+    listing.add_argument("uri", nargs="?", default="runs", help="default: runs")
+    return parser
+
+
+def _add_data(verbs: Any) -> None:
+    pack = _add(verbs, "pack", _data_pack, "Write shuffled WebDataset shards with manifest and index.")
+    pack.add_argument("source", help="digits, fashion-mnist, cifar10, cifar100, stl10, a folder of images, or of WebDataset shards")
+    pack.add_argument("uri", help="folder or URI to write to")
+    pack.add_argument("--split", default="train", help="train, test or (stl10) unlabeled; default: train")
+    pack.add_argument("--root", help="where the files of fashion-mnist, cifar or stl10 are")
+    pack.add_argument("--download", action="store_true", help="let torchvision download what is not there")
+    pack.add_argument("--seed", type=int, default=0, help="of the order; default: 0")
+    pack.add_argument("--shard-mb", type=float, default=64, help="size of a shard in MiB; default: 64")
+    pack.add_argument("--overwrite", action="store_true", help="replace the shards that are there")
+    index = _add(verbs, "index", _data_index, "Make manifest and index for WebDataset shards that others wrote.")
+    index.add_argument("uri", help="folder or URI of the shards")
+    index.add_argument("-o", "--output", metavar="URI", help="where to write them; default: beside the shards")
+    check = _add(verbs, "check", _data_check, "Read everything again, decode it, and name each bad shard and sample.")
+    check.add_argument("uri", help="folder or URI with a manifest")
+    stats = _add(verbs, "stats", _data_stats, "Count shards, samples, bytes and classes.")
+    stats.add_argument("uri", help="folder or URI with a manifest")
+    preview = _add(verbs, "preview", _data_preview, "Draw the views of some images.")
+    preview.add_argument("uri", help="folder or URI with a manifest")
+    preview.add_argument("-o", "--output", required=True, metavar="FILE.png", help="the picture to write")
+    preview.add_argument("--images", type=int, default=8, help="how many images; default: 8")
+    _takes_config(preview)

@@ -1,0 +1,97 @@
+"""The images of the read-outs: chosen by key hash, so that every run of a data set is judged on the same ones."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from ssl_ray import shards, views
+from ssl_ray.errors import DataError
+from ssl_ray.shards import Manifest
+
+MAX_TEST_IMAGES = 50_000
+_BATCH = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Some samples of a data set, lowest hash first."""
+
+    manifest: Manifest
+    shards: np.ndarray
+    rows: np.ndarray
+    labels: np.ndarray | None
+    """int64 [n], None where the data set has no labels."""
+
+
+def _lowest(manifest: Manifest, *, count: int, held_out: float, wanted: bool, labelled: bool) -> Chosen:
+    """The `count` lowest hashes among the samples whose being held out equals `wanted`. One pass over the index."""
+    empty = np.zeros(0, np.int64)
+    hashes, shard, row, label = np.zeros(0, np.uint64), empty, empty, empty
+    bad = set(zip(*(part.tolist() for part in shards.bad_samples(manifest)), strict=True))
+    first = np.concatenate([[0], np.cumsum(manifest.counts)])
+    done = 0
+    for table in shards.iter_index(manifest, ["shard", "hash", "label"]):
+        of_shard = table["shard"].to_numpy().astype(np.int64)
+        of_row = np.arange(done, done + table.num_rows) - first[of_shard]
+        done += table.num_rows
+        new_hashes, new_labels = table["hash"].to_numpy(), table["label"].to_numpy().astype(np.int64)
+        fits = np.full(len(new_hashes), True) if not held_out else shards.held_out(new_hashes, held_out) == wanted
+        if labelled:
+            fits &= new_labels >= 0
+        hashes = np.concatenate([hashes, new_hashes[fits]])
+        shard, row = np.concatenate([shard, of_shard[fits]]), np.concatenate([row, of_row[fits]])
+        label = np.concatenate([label, new_labels[fits]])
+        keep = np.lexsort((row, shard, hashes))[: count + len(bad)]
+        hashes, shard, row, label = hashes[keep], shard[keep], row[keep], label[keep]
+    good = [i for i, name in enumerate(zip(shard.tolist(), row.tolist(), strict=True)) if name not in bad][:count]
+    return Chosen(manifest, shard[good], row[good], label[good] if labelled else None)
+
+
+def choose(
+    manifest: Manifest, eval_manifest: Manifest | None, *, held_out: float, max_images: int
+) -> tuple[Chosen, Chosen]:
+    """Training and held-out samples for the read-outs.
+
+    Training: the `max_images` lowest hashes of the (labelled) samples of `manifest` that are not held out, whatever
+    share of them a run trains on.  Held out: all of `eval_manifest`, else the share `held_out` of `manifest`, at most
+    MAX_TEST_IMAGES.  Labels are used only if both have them, and mean the same classes.
+    Raises DataError if the two data sets name different classes, or nothing is held out.
+    """
+    labelled = manifest.class_counts is not None
+    if eval_manifest is None:
+        test = _lowest(manifest, count=MAX_TEST_IMAGES, held_out=held_out, wanted=True, labelled=labelled)
+    else:
+        labelled = labelled and eval_manifest.class_counts is not None
+        if labelled and manifest.class_names != eval_manifest.class_names:
+            raise DataError(
+                f"data.eval_uri: {eval_manifest.data_uri} has the classes {_some(eval_manifest.class_names)}, but "
+                f"{manifest.data_uri} has {_some(manifest.class_names)}. Pack or index both with the same labels."
+            )
+        test = _lowest(eval_manifest, count=MAX_TEST_IMAGES, held_out=0.0, wanted=True, labelled=labelled)
+        held_out = 0.0
+    if not len(test.rows):
+        raise DataError(f"{manifest.data_uri}: no image is held out for the read-outs. Raise data.eval_fraction.")
+    return _lowest(manifest, count=max_images, held_out=held_out, wanted=False, labelled=labelled), test
+
+
+def _some(names: tuple[str, ...] | None) -> str:
+    return "(numbers)" if names is None else ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def plain_images(chosen: Chosen, *, channels: int, size_px: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of (uint8 [B, C, H, W] plain views, int64 [B] their positions in `chosen`); unreadable ones are left out."""
+    for start in range(0, len(chosen.rows), _BATCH):
+        part = slice(start, start + _BATCH)
+        samples = shards.read_samples(chosen.manifest, chosen.shards[part], chosen.rows[part])
+        images, positions = [], []
+        for i, data in enumerate(samples.images):
+            if i in samples.problems:
+                continue
+            try:
+                images.append(views.decode(data, channels=channels))
+            except views.UndecodableImage:
+                continue
+            positions.append(start + i)
+        if images:
+            yield views.plain(images, size_px=size_px), np.array(positions, np.int64)

@@ -1,0 +1,204 @@
+"""Which samples are in which step: pure functions of counts and (seed, epoch). No I/O.
+
+The epoch's order is: chunks (short runs of samples of one shard) permuted by (seed, epoch), then the selected samples
+inside each permuted by (seed, epoch, chunk). Nothing of the size of the data set is stored: the chunks' counts (a few
+seconds to set up an epoch of 10^9 samples), and the permutations of those chunks that a worker reads.
+
+A *round* is K steps of the global batch G, so K G consecutive positions of that order. It is dealt in L *lanes* of
+c = K G / L consecutive positions, about twelve chunks each; step k of the round takes the k-th slice of G / L positions
+of every lane. A worker owns a contiguous block of lanes, so a contiguous run of the round's positions: only at the
+borders between workers and between rounds is a chunk read twice. With twelve chunks a lane and as many workers as lanes
+that adds up to a twelfth to the bytes read; with eight it was more than a tenth. Which samples a step holds depends
+neither on the number of workers nor on where a run was interrupted.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from ssl_ray.errors import UsageError
+from ssl_ray.philox import CHUNK_ORDER, SAMPLE_ORDER, permutation, philox
+
+CHUNK_BYTES = 2**20
+"""About the size of a chunk where images are small or rounds long enough."""
+CHUNKS_PER_LANE = 12
+MIN_STEPS, MAX_STEPS = 8, 64
+"""Bounds of the steps in a round."""
+MAX_CHUNKS = 2**23
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """The chunks of a data set, numbered in shard order: `of_shard[s]` to `of_shard[s + 1]` are those of shard s."""
+
+    counts: np.ndarray
+    """int64 [S]: samples in each shard."""
+    of_shard: np.ndarray
+    """int64 [S + 1]."""
+
+    @property
+    def num_chunks(self) -> int:
+        return int(self.of_shard[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    seed: int
+    batch: int
+    """G: images in a step."""
+    lanes: int
+    """L, a divisor of G."""
+    steps_per_round: int
+    """K."""
+    chunks: Chunks
+    selected: np.ndarray
+    """int64 [chunks]: samples of each chunk that are trained on."""
+    num_selected: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """E; the remainder, smaller than a batch, is left out, another one each epoch."""
+        return self.num_selected // self.batch
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochOrder:
+    """The chunks in the order of an epoch, and where each ends among the epoch's positions."""
+
+    epoch: int
+    chunk: np.ndarray
+    """int64 [chunks]."""
+    end: np.ndarray
+    """int64 [chunks], increasing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Steps `first_k` to `stop_k` of a round."""
+
+    epoch: int
+    round: int
+    first_k: int
+    stop_k: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundSamples:
+    """A worker's samples of a round: [steps, lanes, G / L] int64 each."""
+
+    chunks: np.ndarray
+    ranks: np.ndarray
+    """The sample's number among the selected ones of its chunk, in shard order."""
+
+
+def sizes(*, num_samples: int, num_selected: int, mean_bytes: float, batch: int, lanes: int) -> tuple[int, int]:
+    """Rows of a chunk and steps of a round.
+
+    Rounds are as long as lanes of twelve chunks of 1 MiB ask for, between 8 and 64 steps and no longer than an epoch;
+    then chunks are a twelfth of a lane. Where few samples are selected a chunk has more rows for as many samples.
+    """
+    steps_per_epoch = max(1, num_selected // batch)
+    wanted = max(1, round(CHUNK_BYTES / max(1.0, mean_bytes)))
+    steps = min(max(round(CHUNKS_PER_LANE * wanted * lanes / batch), MIN_STEPS), MAX_STEPS, steps_per_epoch)
+    samples = max(1, steps * batch // (CHUNKS_PER_LANE * lanes))
+    rows = round(samples * num_samples / max(1, num_selected))
+    return max(1, rows, -(-num_samples // MAX_CHUNKS)), steps
+
+
+def chunk_layout(counts: np.ndarray, rows: int, *, whole: np.ndarray | None = None) -> Chunks:
+    """Cuts each shard into the fewest chunks of at most `rows` rows, equal but for one; `whole` bool [S] are not cut."""
+    counts = np.asarray(counts, np.int64)
+    pieces = -(-counts // rows)
+    if whole is not None:
+        pieces = np.where(whole, np.minimum(pieces, 1), pieces)
+    return Chunks(counts, np.concatenate([[0], np.cumsum(pieces)]).astype(np.int64))
+
+
+def chunk_bounds(chunks: Chunks, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shard, first row and row after the last, int64, of the chunks `ids`."""
+    ids = np.asarray(ids, np.int64)
+    shard = np.searchsorted(chunks.of_shard, ids, side="right") - 1
+    piece, rows = ids - chunks.of_shard[shard], chunks.counts[shard]
+    pieces = chunks.of_shard[shard + 1] - chunks.of_shard[shard]
+    return shard, piece * rows // pieces, (piece + 1) * rows // pieces
+
+
+def chunks_of_rows(chunks: Chunks, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """int64: the chunk of each (shard, row)."""
+    pieces = chunks.of_shard[shards + 1] - chunks.of_shard[shards]
+    return chunks.of_shard[shards] + ((rows + 1) * pieces - 1) // chunks.counts[shards]
+
+
+def make_plan(
+    *, seed: int, batch: int, lanes: int, steps_per_round: int, chunks: Chunks, selected: np.ndarray
+) -> Plan:
+    """Raises UsageError if fewer samples are selected than a batch has."""
+    num_selected = int(selected.sum())
+    if num_selected < batch:
+        raise UsageError(
+            f"train.batch: got {batch}, but only {num_selected} samples are selected for training. Use a smaller "
+            "train.batch, a larger data.fraction, or more data."
+        )
+    steps_per_round = min(steps_per_round, num_selected // batch)
+    return Plan(seed, batch, lanes, steps_per_round, chunks, np.asarray(selected, np.int64), num_selected)
+
+
+def lanes_of(worker: int, num_workers: int, lanes: int) -> range:
+    """The block of lanes of one worker; blocks differ by at most one lane."""
+    if num_workers > lanes:
+        raise UsageError(f"train.workers: got {num_workers}, but there are {lanes} lanes and each worker needs one.")
+    return range(worker * lanes // num_workers, (worker + 1) * lanes // num_workers)
+
+
+def rounds_of(plan: Plan, first_step: int, stop_step: int) -> Iterator[Work]:
+    """The rounds, or parts of them, that hold the global steps from `first_step` to `stop_step`."""
+    step = first_step
+    while step < stop_step:
+        epoch, within = divmod(step, plan.steps_per_epoch)
+        round, k = divmod(within, plan.steps_per_round)
+        stop_k = min(_steps_in_round(plan, round), k + stop_step - step)
+        yield Work(epoch, round, k, stop_k)
+        step += stop_k - k
+
+
+def _steps_in_round(plan: Plan, round: int) -> int:
+    return min(plan.steps_per_round, plan.steps_per_epoch - round * plan.steps_per_round)
+
+
+def epoch_order(plan: Plan, epoch: int) -> EpochOrder:
+    """The order of an epoch; costs a sort of the chunks, to be kept while the epoch lasts."""
+    order = permutation(plan.chunks.num_chunks, key=(plan.seed, epoch), purpose=CHUNK_ORDER)
+    return EpochOrder(epoch, order, np.cumsum(plan.selected[order]))
+
+
+def worker_round(plan: Plan, order: EpochOrder, round: int, lanes: range) -> RoundSamples:
+    """The samples of a whole round that are dealt to `lanes`.
+
+    sample(step k, lane l, j) is the position  round K G + l c + k G/L + j  of the epoch's order, c = steps G / L.
+    """
+    steps, per_step = _steps_in_round(plan, round), plan.batch // plan.lanes
+    first = round * plan.steps_per_round * plan.batch + lanes.start * steps * per_step
+    stop = first + len(lanes) * steps * per_step
+    low, high = np.searchsorted(order.end, [first, stop - 1], side="right")
+    ids = order.chunk[low : high + 1]
+    counts = plan.selected[ids]
+    ranks = chunk_permutations(plan.seed, order.epoch, ids, counts)
+    begin = int(order.end[low] - counts[0])
+    here = slice(first - begin, stop - begin)
+    # [positions] -> [lanes, steps, G / L] -> [steps, lanes, G / L]
+    shape = (len(lanes), steps, per_step)
+    chunk = np.repeat(ids, counts)[here].reshape(shape).swapaxes(0, 1)
+    return RoundSamples(np.ascontiguousarray(chunk), np.ascontiguousarray(ranks[here].reshape(shape).swapaxes(0, 1)))
+
+
+def chunk_permutations(seed: int, epoch: int, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64 [sum of counts]: for each chunk in turn a permutation of 0..count-1, a function of (seed, epoch, chunk)."""
+    total, starts = int(counts.sum()), np.cumsum(counts) - counts
+    owner = np.repeat(np.arange(len(ids)), counts)
+    index = np.arange(total) - starts[owner]
+    chunk = np.asarray(ids, np.uint64)[owner]
+    low, high, _, _ = philox(
+        index, chunk & np.uint64(0xFFFFFFFF), SAMPLE_ORDER, chunk >> np.uint64(32), key=(seed, epoch)
+    )
+    return index[np.lexsort((low, high, owner))]

@@ -1,0 +1,285 @@
+"""The index of WebDataset shards that are there: one streaming pass over each.
+
+A sample is the members of a tar that share a key: the path up to the first dot of the file name, so that sub-folders are
+part of it. Its image is the first of .jpg, .jpeg, .png, .webp that it has; its label comes from .cls, else from "label" in
+.json, else from .txt if that is one short line. Labels are class numbers, or class names, which are then numbered in
+alphabetical order over the whole data set.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from ssl_ray import storage
+from ssl_ray.errors import DataError
+from ssl_ray.shards.manifest import (
+    INDEX_SCHEMA,
+    MANIFEST_SCHEMA,
+    IndexWriter,
+    Manifest,
+    is_gzip,
+    load_manifest,
+    renumber_labels,
+    write_manifest,
+)
+from ssl_ray.shards.select import sample_hash
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+LABELS = ("cls", "json", "txt")
+SUFFIXES = (".tar", ".tgz", ".tar.gz")
+MAX_CLASS_NAME = 64
+"""Longer text is a caption, not a class."""
+MAX_LABEL = 2**31 - 1
+THREADS = 4
+_TAIL = 2**16
+
+Progress = Callable[[int, int | None], None]
+
+
+class _Hashing:
+    """A stream that hashes what is read from it and keeps its last bytes."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.size, self.tail, self.sha256 = file, 0, b"", hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.sha256.update(data)
+        self.size += len(data)
+        self.tail = (self.tail + data)[-_TAIL:]
+        return data
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardIndex:
+    """What one pass over a shard finds."""
+
+    rows: pa.Table
+    """INDEX_SCHEMA, but for `label`: -1 where `labels` has a name."""
+    labels: list[int | str | None]
+    sha256: str
+    size_bytes: int
+
+
+def shard_names(uri: str) -> list[str]:
+    """Names of the shards directly below `uri`, sorted. Raises DataError if there are none."""
+    names = [name for name in storage.list_names(uri) if name.endswith(SUFFIXES)]
+    if not names:
+        raise DataError(f"{uri}: no shards here (*.tar, *.tgz, *.tar.gz). Give the folder that holds them.")
+    return names
+
+
+def _split(name: str) -> tuple[str, str]:
+    """'a/b.c.jpg' -> ('a/b', 'c.jpg'), as WebDataset does."""
+    folder, _, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def _members(stream: _Hashing, name: str) -> Iterator[tuple[str, str, int, bytes]]:
+    """(key, extension, offset of the data, data) of each file in a tar that is read from start to end."""
+    try:
+        tar = tarfile.open(fileobj=stream, mode="r|")  # type: ignore[call-overload]  # noqa: SIM115
+        for member in tar:
+            if not member.isfile():
+                continue
+            file = tar.extractfile(member)
+            data = file.read() if file is not None else b""
+            if len(data) != member.size:
+                raise DataError(f"{name}: truncated inside {member.name}. Copy the shard again from its source.")
+            key, extension = _split(member.name)
+            yield key, extension, member.offset_data, data
+            tar.members = []  # type: ignore[attr-defined]  # else they pile up
+        end = tar.offset  # type: ignore[attr-defined]
+        while stream.read(1 << 20):
+            pass
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{name}: truncated or not a tar ({error}). Copy the shard again from its source.") from error
+    # tarfile takes a missing or broken header after the first for the end: only zeros are the end.
+    rest = stream.tail[max(0, len(stream.tail) - (stream.size - end)) :]
+    if stream.size - end < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+        raise DataError(f"{name}: truncated (no end-of-archive mark after {end} bytes). Copy the shard again.")
+
+
+def index_shard(file: BinaryIO, name: str, *, where: str) -> ShardIndex:
+    """Reads the shard `name`, which lies at `where`, from start to end.
+
+    Raises DataError for a truncated shard, one without images, a key that appears again after another (interleaved) or
+    twice with the same extension, or a label that is no label; each names shard and key.
+    """
+    outer = _Hashing(file)
+    stream = _Hashing(gzip.GzipFile(fileobj=outer, mode="rb")) if is_gzip(name) else outer  # type: ignore[arg-type]
+    columns: dict[str, list[Any]] = {field: [] for field in ("key", "offset", "size", "hash", "crc32")}
+    labels: list[int | str | None] = []
+    seen: set[str] = set()
+    key, parts = None, {}  # type: tuple[str | None, dict[str, tuple[int, bytes]]]
+
+    def end_sample() -> None:
+        image = next((parts[extension] for extension in IMAGES if extension in parts), None)
+        if key is None or image is None:
+            return
+        offset, data = image
+        values = (key, offset, len(data), sample_hash(name, key), zlib.crc32(data))
+        for field, value in zip(columns, values, strict=True):
+            columns[field].append(value)
+        labels.append(_label(parts, f"{where}: {key}"))
+
+    for own, extension, offset, data in _members(stream, where):
+        if own != key:
+            end_sample()
+            if own in seen:
+                raise DataError(
+                    f"{where}: key {own} appears again after {key}: interleaved or double samples. Write the members of a "
+                    "sample side by side, each key once (for example with `ssl-ray data pack`)."
+                )
+            seen.add(own)
+            key, parts = own, {}
+        if extension in parts:
+            raise DataError(f"{where}: key {own} has two .{extension} members. Write each key once within a shard.")
+        if extension in IMAGES or extension in LABELS:
+            parts[extension] = (offset, data)
+    end_sample()
+    while outer.read(1 << 20):
+        pass
+    if not labels:
+        raise DataError(f"{where}: no image in it (.jpg .jpeg .png .webp). Leave this file out of the folder.")
+    columns |= {"shard": [0] * len(labels), "label": [-1] * len(labels)}
+    rows = pa.table({field.name: pa.array(columns[field.name], field.type) for field in INDEX_SCHEMA})
+    return ShardIndex(rows, labels, outer.sha256.hexdigest(), outer.size)
+
+
+def _label(parts: dict[str, tuple[int, bytes]], where: str) -> int | str | None:
+    if "cls" in parts:
+        text = _text(parts["cls"][1], where)
+        if not text or "\n" in text:
+            raise DataError(f"{where}: .cls holds {text[:40]!r}, expected a class number or name.")
+    elif "json" in parts:
+        try:
+            value = json.loads(parts["json"][1])
+        except ValueError as error:
+            raise DataError(f"{where}: .json is not JSON ({error}).") from error
+        value = value.get("label") if isinstance(value, dict) else None
+        if value is None or isinstance(value, bool) or not isinstance(value, int | str):
+            return None
+        text = str(value)
+    elif "txt" in parts:
+        text = _text(parts["txt"][1], where)
+        if not text or "\n" in text or len(text) > MAX_CLASS_NAME:
+            return None
+    else:
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        return text
+    if not 0 <= number <= MAX_LABEL:
+        raise DataError(f"{where}: label out of range: got {number}, expected 0 to {MAX_LABEL}.")
+    return number
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode().strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: the label is not UTF-8 text.") from error
+
+
+# Data sets ----------------------------------------------------------------------------------------------------------
+
+
+def _pass_over(uri: str, name: str) -> ShardIndex:
+    at = storage.join(uri, name)
+    filesystem, path = storage.open_storage(at)
+    with storage.storage_errors(at, "reading"), filesystem.open(path, "rb", block_size=2**22) as file:
+        return index_shard(file, name, where=at)
+
+
+def index(uri: str, *, output: str | None = None, progress: Progress = lambda done, total: None) -> Manifest:
+    """Makes manifest and index for the shards below `uri`, there or below `output`; replaces earlier ones.
+
+    Raises DataError as index_shard does, and where some labels are numbers and others names.
+    """
+    names = shard_names(uri)
+    target = output or uri
+
+    def passes() -> Iterator[tuple[str, ShardIndex]]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(names), 64):  # bounded: results wait for their turn
+                some = names[start : start + 64]
+                yield from zip(some, pool.map(lambda name: _pass_over(uri, name), some), strict=True)
+
+    forget(target)
+    return write_data_set(
+        target, data_uri=uri, shards=passes(), class_names=None, progress=lambda done: progress(done, len(names))
+    )
+
+
+def forget(uri: str) -> None:
+    """Removes the manifest first, so that nothing is believed, then index and the list of bad samples."""
+    for name in ("manifest.parquet", "bad.parquet", "index"):
+        storage.remove(storage.join(uri, name))
+
+
+def write_data_set(
+    uri: str,
+    *,
+    data_uri: str,
+    shards: Iterator[tuple[str, ShardIndex]],
+    class_names: list[str] | None,
+    progress: Callable[[int], None],
+) -> Manifest:
+    """Writes index and manifest from the passes over the shards, by name in order, as they come.
+
+    class_names: of labels that are numbers; where labels are names, they are numbered in alphabetical order instead.
+    """
+    writer, found, has_numbers, image_bytes = IndexWriter(uri), {}, False, 0  # type: ignore[var-annotated]
+    columns: dict[str, list[Any]] = {field.name: [] for field in MANIFEST_SCHEMA}
+    counts = np.zeros(0, np.int64)
+    for number, (name, shard) in enumerate(shards):
+        texts = {label for label in shard.labels if isinstance(label, str)}
+        has_numbers = has_numbers or any(isinstance(label, int) for label in shard.labels)
+        if has_numbers and (texts or found):
+            one = next(iter(texts or found))
+            raise DataError(
+                f"{data_uri}: some labels are numbers, others names ({one!r}, by {name}). Use one kind for all shards."
+            )
+        for text in sorted(texts - found.keys()):
+            found[text] = len(found)
+        labels = [-1 if label is None else found.get(label, label) for label in shard.labels]
+        own = np.bincount([label for label in labels if label >= 0], minlength=len(counts))
+        counts = own + np.pad(counts, (0, len(own) - len(counts)))
+        rows = _set(shard.rows, "label", np.array(labels, np.int32))
+        writer.add(_set(rows, "shard", np.full(rows.num_rows, number, np.int32)))
+        image_bytes += int(rows["size"].to_numpy().sum())
+        for field, value in zip(columns, (name, shard.size_bytes, rows.num_rows, shard.sha256), strict=True):
+            columns[field].append(value)
+        progress(number + 1)
+    writer.close()
+    if found:
+        class_names = sorted(found)
+        place = {text: i for i, text in enumerate(class_names)}
+        new = np.array([place[text] for text in found], np.int32)
+        renumber_labels(uri, new)
+        counts = counts[np.argsort(new)]
+    write_manifest(
+        uri,
+        data_uri=data_uri,
+        table=pa.table(columns, schema=MANIFEST_SCHEMA),
+        class_names=class_names,
+        class_counts=counts.tolist() if counts.sum() else None,
+        image_bytes=image_bytes,
+    )
+    return load_manifest(uri)
+
+
+def _set(rows: pa.Table, name: str, values: np.ndarray) -> pa.Table:
+    return rows.set_column(rows.schema.get_field_index(name), INDEX_SCHEMA.field(name), pa.array(values))

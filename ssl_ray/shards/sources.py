@@ -1,0 +1,203 @@
+"""Where images come from before they are shards. Each source gives (key, encoded image, extension, label) by number."""
+
+import dataclasses
+import gzip
+import io
+import struct
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ssl_ray.errors import DataError, UsageError
+from ssl_ray.shards.index import IMAGES, SUFFIXES, index
+from ssl_ray.shards.read import read_samples
+
+Image = tuple[str, bytes, str, int | None]
+"""Key, encoded bytes, extension without the dot, class number or None."""
+
+TORCHVISION = ("cifar10", "cifar100", "stl10")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    name: str
+    count: int
+    class_names: list[str] | None
+    read: Callable[[Sequence[int] | np.ndarray], list[Image]]
+    """The images of the given numbers, 0 to count - 1."""
+
+
+def open_source(name: str, *, split: str = "train", root: str | None = None, download: bool = False) -> Source:
+    """`digits`, `fashion-mnist`, `cifar10`, `cifar100`, `stl10`, or a folder of images or of WebDataset shards.
+
+    root: the folder of the files of fashion-mnist, cifar and stl10.  download: let torchvision fetch what is not there.
+    Raises UsageError for a name or split that does not exist, DataError for files that are not there.
+    """
+    if name == "digits":
+        _check_split(name, split, ("train",))
+        return _digits()
+    if name == "fashion-mnist":
+        _check_split(name, split, ("train", "test"))
+        return _fashion_mnist(_root(name, root), split)
+    if name in TORCHVISION:
+        _check_split(name, split, ("train", "test", "unlabeled") if name == "stl10" else ("train", "test"))
+        return _torchvision(name, _root(name, root), split, download)
+    if "://" in name:
+        return _shards(name)
+    folder = Path(name)
+    if not folder.is_dir():
+        known = ", ".join(("digits", "fashion-mnist", *TORCHVISION))
+        raise UsageError(f"{name}: no such source. Give one of {known}, or a folder of images or shards.")
+    if any(path.name.endswith(SUFFIXES) for path in folder.iterdir()):
+        return _shards(name)
+    return _image_folder(folder)
+
+
+def _check_split(name: str, split: str, splits: tuple[str, ...]) -> None:
+    if split not in splits:
+        raise UsageError(f"--split: {name} has {', '.join(splits)}, got {split}.")
+
+
+def _root(name: str, root: str | None) -> Path:
+    if root is None:
+        raise UsageError(f"{name}: say where its files are, with --root FOLDER.")
+    return Path(root)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    from PIL import Image as PillowImage
+
+    sink = io.BytesIO()
+    PillowImage.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _of_arrays(
+    name: str, pixels: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None
+) -> Source:
+    """pixels uint8 [n, H, W] or [n, H, W, 3]; label -1 is none."""
+
+    def read(numbers: Sequence[int] | np.ndarray) -> list[Image]:
+        own = [-1] * len(pixels) if labels is None else labels
+        return [
+            (f"{name}-{i:08d}", _png(pixels[i]), "png", int(own[i]) if own[i] >= 0 else None) for i in map(int, numbers)
+        ]
+
+    return Source(name, len(pixels), class_names, read)
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels = np.round(data.images * (255 / 16)).astype(np.uint8)
+    return _of_arrays("digits", pixels, data.target, [str(digit) for digit in range(10)])
+
+
+FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+def _fashion_mnist(root: Path, split: str) -> Source:
+    prefix = {"train": "train", "test": "t10k"}[split]
+    pixels = _idx(root, f"{prefix}-images-idx3-ubyte", dimensions=3)
+    labels = _idx(root, f"{prefix}-labels-idx1-ubyte", dimensions=1)
+    if len(pixels) != len(labels):
+        raise DataError(f"{root}: {len(pixels)} {split} images but {len(labels)} labels. Fetch the files again.")
+    if len(labels) and labels.max() >= len(FASHION_CLASSES):
+        raise DataError(f"{root}: label out of range: got {labels.max()}, expected 0 to 9. Fetch the files again.")
+    return _of_arrays(f"fashion-mnist-{split}", pixels, labels.astype(np.int64), FASHION_CLASSES)
+
+
+def _idx(root: Path, name: str, *, dimensions: int) -> np.ndarray:
+    """uint8 array of an IDX file, gzip'd or not (the format is described at yann.lecun.com/exdb/mnist)."""
+    path = next((at for at in (root / f"{name}.gz", root / name) if at.is_file()), None)
+    if path is None:
+        raise DataError(f"{root}: no {name}.gz here. Debian has it: apt install dataset-fashion-mnist.")
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        magic, *shape = struct.unpack_from(f">{1 + dimensions}I", data)
+    except (OSError, EOFError, struct.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Fetch the file again.") from error
+    header = 4 * (1 + dimensions)
+    if magic != 0x800 + dimensions or len(data) != header + int(np.prod(shape)):
+        raise DataError(f"{path}: not an IDX file of {dimensions} dimensions, or truncated. Fetch the file again.")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def _torchvision(name: str, root: Path, split: str, download: bool) -> Source:
+    from torchvision import datasets
+
+    try:
+        if name == "stl10":
+            data = datasets.STL10(str(root), split=split, download=download)
+            pixels = np.ascontiguousarray(data.data.transpose(0, 2, 3, 1))  # [n, 3, H, W] -> [n, H, W, 3]
+            return _of_arrays(f"stl10-{split}", pixels, np.asarray(data.labels), list(data.classes))
+        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        data = kind(str(root), train=split == "train", download=download)
+        return _of_arrays(f"{name}-{split}", data.data, np.asarray(data.targets), list(data.classes))
+    except (RuntimeError, OSError) as error:
+        message = " ".join(str(error).split())
+        raise DataError(f"{name}: {root}: {message} Give the folder with --root, or --download.") from error
+
+
+def _image_folder(root: Path) -> Source:
+    """Every image below `root`; its first-level sub-folder is its class; with images beside those, none has a class."""
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower().removeprefix(".") in IMAGES and path.is_file())
+    if not paths:
+        raise DataError(f"{root}: no image below it (.jpg .jpeg .png .webp).")
+    relative = [path.relative_to(root) for path in paths]
+    inside = {path.parts[0] for path in relative if len(path.parts) > 1}
+    labelled = all(len(path.parts) > 1 for path in relative)
+    if inside and not labelled:
+        loose = next(path for path in relative if len(path.parts) == 1)
+        raise DataError(f"{root}: {loose} lies beside class folders. Put every image in a sub-folder, or none.")
+    class_names = sorted(inside)
+    number = {name: i for i, name in enumerate(class_names)}
+
+    def key(path: Path) -> str:
+        # A dot ends the key in WebDataset; the extension stays in the key, so that a.png and a.jpg are two samples.
+        return "/".join((*path.parent.parts, path.name.replace(".", "_")))
+
+    def read(numbers: Sequence[int] | np.ndarray) -> list[Image]:
+        found: list[Image] = []
+        for i in map(int, numbers):
+            try:
+                data = paths[i].read_bytes()
+            except OSError as error:
+                raise DataError(f"{paths[i]}: cannot be read ({error.strerror}).") from error
+            label = number[relative[i].parts[0]] if labelled else None
+            found.append((key(relative[i]), data, paths[i].suffix.lower()[1:], label))
+        return found
+
+    return Source(str(root), len(paths), class_names if labelled else None, read)
+
+
+def _shards(uri: str) -> Source:
+    """The samples of WebDataset shards that are there. Their keys get the shard's name before them, to be unique."""
+    folder = tempfile.TemporaryDirectory(prefix="ssl-ray-index-")  # lives as long as `read`
+    manifest = index(uri, output=folder.name)
+    first = np.concatenate([[0], np.cumsum(manifest.counts)])
+
+    def read(numbers: Sequence[int] | np.ndarray) -> list[Image]:
+        numbers = np.asarray(numbers, np.int64)
+        shard = np.searchsorted(first, numbers, side="right") - 1
+        samples = read_samples(manifest, shard, numbers - first[shard])
+        found: list[Image] = []
+        for i, image in enumerate(samples.images):
+            if image is None:
+                raise DataError(f"{folder.name and uri}: {samples.keys[i]}: {samples.problems[i]}. Copy the shard again.")
+            stem = manifest.names[int(shard[i])].as_py().partition(".")[0]
+            label = int(samples.labels[i])
+            found.append((f"{stem}/{samples.keys[i]}", bytes(image), _extension(image), None if label < 0 else label))
+        return found
+
+    return Source(uri, manifest.num_samples, list(manifest.class_names or []) or None, read)
+
+
+def _extension(image: memoryview) -> str:
+    if image[:4] == b"\x89PNG":
+        return "png"
+    return "webp" if image[8:12] == b"WEBP" else "jpg"

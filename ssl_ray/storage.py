@@ -1,0 +1,139 @@
+"""Files on any fsspec storage (local paths, s3://, gs://, ...), and its failures as errors a user can act on.
+
+Endpoint, region and credentials of S3 come from the standard AWS variables and files.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from ssl_ray.errors import DataError, ResourceError, UsageError
+
+
+def is_local(uri: str) -> bool:
+    return "://" not in uri or uri.startswith("file://")
+
+
+def absolute(uri: str) -> str:
+    """`uri` with a local path made absolute, so that it means the same in every process."""
+    return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri.rstrip("/")
+
+
+def open_storage(uri: str) -> tuple[Any, str]:
+    """The fsspec filesystem of `uri` and the path in it. Raises UsageError for an unknown protocol."""
+    import fsspec
+
+    if not uri:
+        raise UsageError("an empty path was given, expected a folder or a URI such as s3://bucket/name.")
+    try:
+        filesystem, path = fsspec.core.url_to_fs(absolute(uri))
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"{uri}: {error}. Expected a path or a URI such as s3://bucket/name.") from error
+    return filesystem, path
+
+
+def join(uri: str, *names: str) -> str:
+    return "/".join([uri.rstrip("/") or "/", *names])
+
+
+@contextlib.contextmanager
+def storage_errors(uri: str, doing: str) -> Iterator[None]:
+    """Turns failures of the storage into DataError or ResourceError that name `uri` and what was being done to it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{uri}: not there ({doing}). Check the path.") from error
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"{uri}: no permission or not a place for it ({doing}: {reason}). Use another path.") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{uri}: no space left ({doing}). Free some and run the same command again.") from error
+        if error.errno == errno.EROFS:
+            raise DataError(f"{uri}: the file system is read-only ({doing}). Use another path.") from error
+        raise DataError(f"{uri}: {doing} failed: {error}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs"):
+            message = " ".join(str(error).split())
+            raise DataError(f"{uri}: {doing} failed: {message}. Check credentials, endpoint and network.") from error
+        raise
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content. Raises DataError if it is absent or cannot be read."""
+    filesystem, path = open_storage(uri)
+    with storage_errors(uri, "reading"):
+        return filesystem.cat_file(path)
+
+
+def write_atomic(uri: str, data: bytes) -> None:
+    """Puts `data` at `uri`, whole or not at all; folders above are made. Raises DataError or ResourceError."""
+    filesystem, path = open_storage(uri)
+    with storage_errors(uri, "writing"):
+        if not is_local(uri):
+            filesystem.pipe_file(path, data)
+            return
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        temporary = os.path.join(folder, f".writing-{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def exists(uri: str) -> bool:
+    filesystem, path = open_storage(uri)
+    with storage_errors(uri, "looking"):
+        filesystem.invalidate_cache(path)
+        return filesystem.exists(path)
+
+
+def list_names(uri: str) -> list[str]:
+    """Names directly below `uri`, sorted; none if it is absent. Files that are still being written are left out."""
+    filesystem, path = open_storage(uri)
+    with storage_errors(uri, "listing"):
+        filesystem.invalidate_cache(path)
+        try:
+            found = filesystem.ls(path, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    names = {name.rstrip("/").rsplit("/", 1)[-1] for name in found if name.rstrip("/") != path}
+    return sorted(name for name in names if not name.startswith(".writing-"))
+
+
+def remove(uri: str) -> None:
+    """Removes a file or everything below a folder; nothing happens if it is absent."""
+    filesystem, path = open_storage(uri)
+    with storage_errors(uri, "removing"):
+        filesystem.invalidate_cache(path)
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.rm(path, recursive=True)
+
+
+def upload(local: str, uri: str) -> None:
+    """Copies a local file to `uri`, in parts where it is large; folders above are made."""
+    filesystem, path = open_storage(uri)
+    with storage_errors(uri, "writing"):
+        if is_local(uri):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = os.path.join(os.path.dirname(path), f".writing-{uuid.uuid4().hex}")
+            try:
+                shutil.copyfile(local, temporary)
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        else:
+            filesystem.put_file(local, path)

@@ -1,0 +1,341 @@
+"""The batches of one worker, in the order of the plan: in this process, or through Ray Data.
+
+Both run the same generator, `round_batches`: it reads a round's samples by ranged requests, decodes each image once,
+makes its views and yields one batch a step. Which samples and views a batch holds follows from the plan alone, so the
+stream may begin at any step, for any share of the lanes, in any process.
+
+Through Ray, one task only counts rounds; a task for each round does the work, two or more rounds ahead of training.
+A batch crosses processes as one row of an Arrow table whose bytes are not copied on the way in or out.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ssl_ray import errors, plan, shards, views
+from ssl_ray.config import Views
+from ssl_ray.errors import DataError, SslRayError
+from ssl_ray.plan import EpochOrder, Plan
+from ssl_ray.shards import Manifest, Samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which samples of a data set a run trains on."""
+
+    fraction: float
+    class_bounds: np.ndarray | None
+    """uint64 [classes]: a sample of class c is in if its hash is below class_bounds[c]; None: `fraction` decides alone."""
+    held_out: float
+    """Share of the samples kept for evaluation; 0 where other shards are."""
+    excluded: tuple[np.ndarray, np.ndarray]
+    """Shards and rows, int64 each, that `data check` found bad."""
+
+    def mask(self, shard: np.ndarray, row: np.ndarray, *, hashes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """bool [n]: whether each sample is trained on."""
+        chosen = shards.in_fraction(hashes, self.fraction)
+        if self.class_bounds is not None:
+            chosen = hashes < self.class_bounds[labels]
+        if self.held_out:
+            chosen &= ~shards.held_out(hashes, self.held_out)
+        if len(self.excluded[0]):
+            out = self.excluded[0] << np.int64(32) | self.excluded[1]
+            chosen &= ~np.isin(np.asarray(shard, np.int64) << np.int64(32) | row, out)
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """All that decides which batch is at a step."""
+
+    manifest: Manifest
+    selection: Selection
+    plan: Plan
+    views: Views
+
+
+@dataclasses.dataclass(frozen=True)
+class BadSample:
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One worker's share of the batch of a step: its lanes in order."""
+
+    step: int
+    views: np.ndarray
+    """uint8 [B, m, C, H, W]."""
+    hashes: np.ndarray
+    """uint64 [B]: of the samples that the plan names, in order."""
+    bad: list[BadSample] = dataclasses.field(default_factory=list)
+    """Those of them that another image stands in for."""
+
+
+def prepare(
+    manifest: Manifest, *, spec: Views, seed: int, fraction: float, balanced: bool, held_out: float, batch: int, lanes: int
+) -> TrainingData:
+    """Selects the samples and plans the run: one pass over the index (hashes, labels).
+
+    Raises UsageError if fewer samples are selected than a batch has, or classes are balanced without labels.
+    """
+    excluded = shards.bad_samples(manifest)
+    bounds = None
+    if balanced:
+        if manifest.class_counts is None:
+            raise errors.UsageError(
+                f"data.balanced: the samples of {manifest.data_uri} have no labels. Leave data.balanced out."
+            )
+        table = pa.concat_tables(shards.iter_index(manifest, ["hash", "label"]))
+        labels = table["label"].to_numpy()
+        bounds = shards.balanced_thresholds(table["hash"].to_numpy(), labels, len(manifest.class_counts), fraction)
+    selection = Selection(fraction, bounds, held_out, excluded)
+    expected = max(1, round(manifest.num_samples * fraction * (1 - held_out)))
+    view_bytes = spec.count * spec.channels * spec.size_px**2
+    chunk_rows, steps_per_round = plan.sizes(
+        num_samples=manifest.num_samples, num_selected=expected, mean_bytes=manifest.mean_bytes, batch=batch, lanes=lanes,
+        view_bytes=view_bytes,
+    )  # fmt: skip
+    whole = np.array([name.endswith("gz") for name in manifest.names.to_pylist()])
+    chunks = plan.chunk_layout(manifest.counts, chunk_rows, whole=whole)
+    selected = np.zeros(chunks.num_chunks, np.int64)
+    first = 0
+    for table in shards.iter_index(manifest, ["shard", "hash", "label"]):
+        of_chunk, row = plan.chunks_of_rows(chunks, first, table.num_rows)
+        chosen = selection.mask(
+            table["shard"].to_numpy(), row, hashes=table["hash"].to_numpy(), labels=table["label"].to_numpy()
+        )
+        selected += np.bincount(of_chunk[chosen], minlength=chunks.num_chunks)
+        first += table.num_rows
+    made = plan.make_plan(
+        seed=seed, batch=batch, lanes=lanes, steps_per_round=steps_per_round, chunks=chunks, selected=selected
+    )
+    return TrainingData(manifest, selection, made, spec)
+
+
+def _locate(data: TrainingData, chunks: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shard and row, int64, of the sample numbered `ranks` among the selected ones of each of `chunks` (same shapes)."""
+    distinct, inverse = np.unique(chunks, return_inverse=True)
+    shard, first, stop = plan.chunk_rows(data.plan.chunks, distinct)
+    full = data.plan.selected[distinct] == stop - first
+    rows = first[inverse].reshape(ranks.shape) + ranks
+    for i in np.flatnonzero(~full):
+        table = shards.index_rows(data.manifest, int(shard[i]), ["hash", "label"]).slice(first[i], stop[i] - first[i])
+        row = np.arange(first[i], stop[i])
+        chosen = data.selection.mask(
+            np.full(len(row), shard[i]), row, hashes=table["hash"].to_numpy(), labels=table["label"].to_numpy()
+        )
+        here = inverse.reshape(ranks.shape) == i
+        rows[here] = row[chosen][ranks[here]]
+    return shard[inverse].reshape(ranks.shape), rows
+
+
+class _Round:
+    """The samples of a worker's round: read on construction from step `first_k` on, decoded when asked for."""
+
+    def __init__(self, data: TrainingData, where: tuple[np.ndarray, np.ndarray], *, first_k: int):
+        self.data, self.first_k = data, first_k
+        self.shards, self.rows = where  # [steps, lanes, G / L]
+        self.per_lane = self.shards.shape[2]
+        self.samples = self._read(slice(first_k, None))
+
+    def _read(self, steps: slice) -> Samples:
+        return shards.read_samples(self.data.manifest, self.shards[steps].ravel(), self.rows[steps].ravel())
+
+    @functools.cached_property
+    def _earlier(self) -> Samples:
+        return self._read(slice(0, self.first_k))
+
+    def _sample(self, k: int, lane: int, j: int) -> tuple[Samples, int]:
+        samples, step = (self.samples, k - self.first_k) if k >= self.first_k else (self._earlier, k)
+        return samples, int(np.ravel_multi_index((step, lane, j), (len(self.shards), *self.shards.shape[1:])))
+
+    def image(self, k: int, lane: int, j: int) -> np.ndarray | str:
+        """uint8 [C, H, W], or why there is none."""
+        samples, position = self._sample(k, lane, j)
+        if position in samples.problems:
+            return samples.problems[position]
+        try:
+            return views.decode(samples.images[position], channels=self.data.views.channels)
+        except views.UndecodableImage as error:
+            return str(error)
+
+    def stand_in(self, k: int, lane: int, j: int) -> np.ndarray:
+        """The image for a bad sample: the nearest good one in its lane's slice of the step, else in its lane's round."""
+        own = k * self.per_lane + j
+        run = np.arange(self.shards.shape[0] * self.per_lane)
+        for position in run[np.lexsort((run, abs(run - own), run // self.per_lane != k))]:
+            image = self.image(int(position) // self.per_lane, lane, int(position) % self.per_lane)
+            if not isinstance(image, str):
+                return image
+        name = self.data.manifest.names[int(self.shards[k, lane, j])]
+        raise DataError(f"{name}: no sample of a whole round of a lane can be read. Run `ssl-ray data check URI`.")
+
+    def batch(self, step: int, k: int, *, seed: int, epoch: int) -> Batch:
+        images: list[np.ndarray] = []
+        hashes, bad = [], []
+        for lane, j in np.ndindex(self.shards.shape[1:]):
+            samples, position = self._sample(k, lane, j)
+            image = self.image(k, lane, j)
+            if isinstance(image, str):
+                name = self.data.manifest.names[int(self.shards[k, lane, j])].as_py()
+                bad.append(BadSample(name, samples.keys[position], image))
+                image = self.stand_in(k, lane, j)
+            images.append(image)
+            hashes.append(samples.hashes[position])
+        keys = np.array(hashes, np.uint64)
+        made = views.make_views(images, keys, spec=self.data.views, seed=seed, epoch=epoch)
+        return Batch(step, made, keys, bad)
+
+
+def round_batches(
+    data: TrainingData, order: EpochOrder, *, epoch: int, round: int, first_k: int, stop_k: int, lanes: range
+) -> Iterator[Batch]:
+    """The batches of steps `first_k` to `stop_k` of a round, for a block of lanes. `order` is that of the epoch."""
+    where = plan.worker_round(data.plan, order, epoch, round, lanes)
+    samples = _Round(data, _locate(data, where.chunks, where.ranks), first_k=first_k)
+    before = epoch * data.plan.steps_per_epoch + round * data.plan.steps_per_round
+    for k in range(first_k, stop_k):
+        yield samples.batch(before + k, k, seed=data.plan.seed, epoch=epoch)
+
+
+def local_batches(data: TrainingData, *, lanes: range, first_step: int, stop_step: int) -> Iterator[Batch]:
+    """The batches of the steps from `first_step` to `stop_step`, made in this process."""
+    order: EpochOrder | None = None
+    for work in plan.rounds_of(data.plan, first_step, stop_step):
+        if order is None or order.epoch != work.epoch:
+            order = plan.epoch_order(data.plan, work.epoch)
+        yield from round_batches(
+            data, order, epoch=work.epoch, round=work.round, first_k=work.first_k, stop_k=work.stop_k, lanes=lanes
+        )
+
+
+# Through Ray Data ---------------------------------------------------------------------------------------------------
+
+
+def to_table(batch: Batch) -> pa.Table:
+    """One row; the views' bytes are not copied."""
+    size = batch.views.nbytes
+    offsets = pa.py_buffer(np.array([0, size], np.int64))
+    data = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(np.ascontiguousarray(batch.views))])
+    columns = {
+        "step": pa.array([batch.step]),
+        "views": data,
+        "shape": pa.array([list(batch.views.shape)]),
+        "hashes": pa.array([batch.hashes]),
+        "bad": pa.array([json.dumps([dataclasses.asdict(bad) for bad in batch.bad])]),
+        "error": pa.array([None], pa.string()),
+    }
+    return pa.table(columns)
+
+
+def _error_table(error: SslRayError) -> pa.Table:
+    empty = to_table(Batch(-1, np.zeros((0, 0, 0, 0, 0), np.uint8), np.zeros(0, np.uint64)))
+    text = pa.array([json.dumps([type(error).__name__, str(error)])])
+    return empty.set_column(empty.schema.get_field_index("error"), "error", text)
+
+
+def from_table(table: pa.Table) -> Iterator[Batch]:
+    """The batches in a table's rows; raises the user error that a row may hold instead."""
+    for i in range(table.num_rows):
+        row = table.slice(i, 1).combine_chunks()
+        failed = row["error"][0].as_py()
+        if failed is not None:
+            name, message = json.loads(failed)
+            raise getattr(errors, name)(message)
+        shape, cell = row["shape"][0].as_py(), row["views"].chunk(0)
+        start = np.frombuffer(cell.buffers()[1], np.int64)[cell.offset]
+        made = np.frombuffer(cell.buffers()[2], np.uint8, count=int(np.prod(shape)), offset=start).reshape(shape)
+        hashes = np.array(row["hashes"][0].as_py(), np.uint64)
+        bad = [BadSample(**sample) for sample in json.loads(row["bad"][0].as_py())]
+        yield Batch(row["step"][0].as_py(), made, hashes, bad)
+
+
+@functools.lru_cache(maxsize=2)
+def fetch(reference: Any) -> TrainingData:
+    import ray
+
+    return ray.get(reference)
+
+
+@functools.lru_cache(maxsize=2)
+def _fetch_order(reference: Any, epoch: int) -> EpochOrder:
+    return plan.epoch_order(fetch(reference).plan, epoch)
+
+
+def _count_rounds(reference: Any, first_step: int, stop_step: int) -> Iterator[pa.Table]:
+    for work in plan.rounds_of(fetch(reference).plan, first_step, stop_step):
+        yield pa.table({key: [value] for key, value in dataclasses.asdict(work).items()})
+
+
+def _work_round(table: pa.Table, *, reference: Any, lanes: range) -> Iterator[pa.Table]:
+    work = {key: values[0] for key, values in table.to_pydict().items()}
+    try:
+        order = _fetch_order(reference, work["epoch"])
+        for batch in round_batches(fetch(reference), order, **work, lanes=lanes):
+            yield to_table(batch)
+    except SslRayError as error:
+        # Raised here, Ray would try the task again and wrap the message in its own.
+        yield _error_table(error)
+
+
+def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int, cpus: float):
+    """A Ray Dataset of the batches of one worker; `reference` holds the TrainingData in the object store.
+
+    cpus: this stream's share of the cluster: two rounds are made at a time, half of it each.
+    """
+    import ray.data
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    class Rounds(Datasource):
+        def estimate_inmemory_data_size(self) -> None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, per_task_row_limit=None, data_context=None) -> list[ReadTask]:
+            read = functools.partial(_count_rounds, reference, first_step, stop_step)
+            return [ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None))]
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = 1  # a block for each step: training begins with the first, not with the last
+    counting = 0.01
+    rounds = ray.data.read_datasource(Rounds(), override_num_blocks=1, ray_remote_args={"num_cpus": counting})
+    stream = rounds.repartition(target_num_rows_per_block=1).map_batches(
+        _work_round,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=(cpus - 2 * counting) / 2,
+        fn_kwargs={"reference": reference, "lanes": lanes},
+    )
+    stream.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=cpus)
+    return stream
+
+
+def ray_batches(tables: Iterable[pa.Table]) -> Iterator[Batch]:
+    """The batches that a `ray_stream` delivers as Arrow tables."""
+    for table in tables:
+        yield from from_table(table)
+
+
+def draw_preview(uri: str, *, spec: Views, seed: int, num_images: int) -> bytes:
+    """A PNG with a row for each of the first `num_images` images of a data set: the plain view and its views in epoch 0."""
+    manifest = shards.load_manifest(uri)
+    shard, row = np.nonzero(np.arange(num_images) < manifest.counts[:num_images, None])
+    samples = shards.read_samples(manifest, shard[:num_images].astype(np.int64), row[:num_images].astype(np.int64))
+    if samples.problems:
+        position, reason = next(iter(samples.problems.items()))
+        raise DataError(f"{uri}: {samples.keys[position]}: {reason}. Run `ssl-ray data check {uri}`.")
+    try:
+        images = [views.decode(data, channels=spec.channels) for data in samples.images]
+    except views.UndecodableImage as error:
+        raise DataError(f"{uri}: {error}. Run `ssl-ray data check {uri}` to find such images.") from error
+    return views.preview(images, views.make_views(images, samples.hashes, spec=spec, seed=seed, epoch=0))

@@ -1,0 +1,108 @@
+"""Checkpoints: a snapshot in memory, its files, and the way back. Safetensors and JSON only, no pickle.
+
+CHECKPOINT/weights.safetensors    state_dict of encoder and projector (names `encoder.*`, `projector.*`)
+CHECKPOINT/optimizer.safetensors  `INDEX.NAME` for each parameter's state (INDEX in the order of parameters())
+CHECKPOINT/state.json             step, and the counters that continue
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from ssl_ray import storage
+from ssl_ray.errors import DataError, UsageError
+from ssl_ray.train import runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A copy on the CPU, so that training goes on while it is written."""
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, state: dict[str, Any]) -> Snapshot:
+    weights = {name: _copy(value) for name, value in network.state_dict().items()}
+    slots = optimizer.state_dict()["state"]
+    moments = {f"{index}.{name}": _copy(value) for index, slot in slots.items() for name, value in slot.items()}
+    return Snapshot(step=step, weights=weights, optimizer=moments, state=state)
+
+
+def first_bad_weight(shot: Snapshot) -> str | None:
+    """The name of a weight that is not finite, or None."""
+    return next((name for name, value in shot.weights.items() if not torch.isfinite(value).all()), None)
+
+
+def write_checkpoint(uri: str, shot: Snapshot) -> None:
+    """Writes the files below `uri`; it counts only when the marker names it."""
+    storage.write_atomic(storage.join(uri, "weights.safetensors"), save(shot.weights))
+    storage.write_atomic(storage.join(uri, "optimizer.safetensors"), save(shot.optimizer))
+    runs.write_json(storage.join(uri, "state.json"), {"step": shot.step} | shot.state)
+
+
+def _load_tensors(uri: str) -> dict[str, Tensor]:
+    data = storage.read_bytes(uri)
+    try:
+        return load(data)
+    except Exception as error:
+        raise DataError(f"{uri}: not a readable safetensors file ({error}).") from error
+
+
+def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Puts the checkpoint at `uri` into the network and the optimiser; returns state.json."""
+    state = runs.read_json(storage.join(uri, "state.json"))
+    load_weights(uri, network)
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in _load_tensors(storage.join(uri, "optimizer.safetensors")).items():
+        index, _, slot = name.partition(".")
+        slots.setdefault(int(index), {})[slot] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
+
+
+def load_weights(uri: str, network: nn.Module) -> None:
+    """Puts the weights of the checkpoint at `uri` into the network, which must be of the same shape."""
+    network.load_state_dict(_load_tensors(storage.join(uri, "weights.safetensors")))
+
+
+def weights_uri(uri: str) -> str:
+    """The weights file meant by `uri`: a run (its newest checkpoint), a checkpoint, or a safetensors file."""
+    if uri.endswith(".safetensors"):
+        return uri
+    if storage.exists(storage.join(uri, "weights.safetensors")):
+        return storage.join(uri, "weights.safetensors")
+    marker = runs.read_marker(uri)
+    if marker.checkpoint is None:
+        raise DataError(f"{uri}: no checkpoint here. Give a run with one, a checkpoint folder or a .safetensors file.")
+    return storage.join(uri, "checkpoints", marker.checkpoint, "weights.safetensors")
+
+
+def init_from(uri: str, network: nn.Module) -> None:
+    """Loads encoder and projector from `uri`; the projector keeps its random weights where its shape differs.
+
+    Raises UsageError if the encoder's weights do not fit.
+    """
+    given = _load_tensors(weights_uri(uri))
+    mine = network.state_dict()
+    fitting = {name: value for name, value in given.items() if name in mine and mine[name].shape == value.shape}
+    for name in mine:
+        if name.startswith("encoder.") and name not in fitting:
+            near = difflib.get_close_matches(name, given, n=1)
+            got = f"has shape {list(given[name].shape)}" if name in given else f"is missing (nearest: {near})"
+            raise UsageError(
+                f"train.init_from: {uri} does not fit this encoder: {name} {got}, expected {list(mine[name].shape)}."
+            )
+    if any(name.startswith("projector.") and name not in fitting for name in mine):
+        fitting = {name: value for name, value in fitting.items() if name.startswith("encoder.")}
+    network.load_state_dict(mine | fitting)

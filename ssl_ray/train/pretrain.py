@@ -1,0 +1,280 @@
+"""A run from its configuration to its summary: opens the data and the run, trains, reads out, sums up."""
+
+import dataclasses
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+from ssl_ray import plan, shards, storage, stream
+from ssl_ray.config import Config
+from ssl_ray.errors import Stopped
+from ssl_ray.train import loop, runs
+from ssl_ray.train.readouts import evaluate_run
+
+POLL_S = 0.5
+"""Seconds between two looks at the run's files."""
+
+Progress = Callable[[str, dict[str, Any]], None]
+"""Called with `stage` {text}, `step` (a step's record), `evaluation` (read-outs)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A run that is ready to train: its place, data and steps."""
+
+    uri: str
+    config: Config
+    data: stream.TrainingData
+    schedule: loop.Schedule
+    resumed: bool
+
+
+def plan_schedule(config: Config, steps_per_epoch: int) -> loop.Schedule:
+    """The steps of a run: `train.steps`, or `train.epochs` whole epochs."""
+    total = config.train.steps or config.train.epochs * steps_per_epoch
+    every = config.evaluate.every_epochs
+    return loop.Schedule(total, steps_per_epoch, every * steps_per_epoch if every else None)
+
+
+def open_data(config: Config) -> tuple[stream.TrainingData, dict[str, str]]:
+    """The training data of a run, and the digests that tie the run to its content."""
+    manifest = shards.load_manifest(config.data.uri)
+    digests = {"data.digest": manifest.digest, "data.excluded": shards.bad_digest(manifest)}
+    if config.data.eval_uri is not None:
+        digests["data.eval_digest"] = shards.load_manifest(config.data.eval_uri).digest
+    data = stream.prepare(
+        manifest,
+        spec=config.views,
+        seed=config.seed,
+        fraction=config.data.fraction,
+        balanced=config.data.balanced,
+        held_out=config.data.eval_fraction if config.data.eval_uri is None else 0.0,
+        batch=config.train.batch,
+        lanes=config.train.num_lanes(),
+    )
+    return data, digests
+
+
+def open_run(config: Config, *, resume: str) -> Opened:
+    """Opens data and run; raises RunMismatchError if the run's URI holds another one."""
+    data, digests = open_data(config)
+    run_id = runs.run_identity(config, data_digests=digests)
+    uri = config.run or runs.default_uri(config, run_id)
+    resumed = runs.open_run(uri, config, run_id, resume=resume)
+    return Opened(uri, config, data, plan_schedule(config, data.plan.steps_per_epoch), resumed)
+
+
+def pretrain(config: Config, *, resume: str, progress: Progress) -> dict[str, Any]:
+    """Runs `config` to its end, from wherever its run stands; returns the summary, which is also RUN/summary.json.
+
+    Raises the SslRayError that ended the run early; Stopped on SIGINT or SIGTERM, with a checkpoint.
+    """
+    with _signals() as asked:
+        opened = open_run(config, resume=resume)
+        uri, total = opened.uri, opened.schedule.total_steps
+        marker = runs.read_marker(uri)
+        progress("start", _start_record(opened, marker.step))
+        summary_at = storage.join(uri, "summary.json")
+        if marker.step == total and storage.exists(summary_at):
+            return runs.read_json(summary_at)
+        storage.remove(storage.join(uri, "stop"))
+        if config.train.workers == 0:
+            _drive(opened, functools.partial(_train_here, opened), _evaluate_here, asked, progress)
+        else:
+            _pretrain_on_ray(opened, asked, progress)
+        summary = summarise(opened)
+        runs.write_json(summary_at, summary)
+        return summary
+
+
+def _start_record(opened: Opened, step: int) -> dict[str, Any]:
+    made, schedule = opened.data.plan, opened.schedule
+    return {
+        "run": opened.uri,
+        "resumed": opened.resumed,
+        "step": step,
+        "total_steps": schedule.total_steps,
+        "steps_per_epoch": schedule.steps_per_epoch,
+        "images": made.num_selected,
+        "dropped_per_epoch": made.num_selected % made.batch,
+    }
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted in the list; a second one ends the process at once."""
+    asked: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if asked:
+            os._exit(Stopped.exit_code)
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# Training in a side thread, while this one watches, reads out and listens ---------------------------------------------
+
+Evaluate = Callable[[str, str | None], "Future[dict[str, Any]]"]
+
+
+def _train_here(opened: Opened) -> loop.Outcome:
+    import torch
+
+    uri, schedule = opened.uri, opened.schedule
+    attempt, marker = runs.begin_attempt(uri), runs.read_marker(uri)
+    lanes = plan.lanes_of(0, 1, opened.data.plan.lanes)
+    return loop.run_worker(
+        opened.config,
+        schedule,
+        stream.local_batches(opened.data, lanes=lanes, first_step=marker.step, stop_step=schedule.total_steps),
+        run=uri,
+        attempt=attempt,
+        marker=marker,
+        group=None,
+        rank=0,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+
+
+def _evaluate_here(uri: str, checkpoint: str | None) -> "Future[dict[str, Any]]":
+    done: Future[dict[str, Any]] = Future()
+    done.set_result(evaluate_run(uri, checkpoint=checkpoint))
+    return done
+
+
+def _pretrain_on_ray(opened: Opened, asked: list[int], progress: Progress) -> None:
+    import ray
+
+    from ssl_ray.train import ray_train
+
+    progress("stage", {"text": "starting Ray"})
+    ray_train.start_ray()
+    try:
+        workers, threads = opened.config.train.workers, opened.config.train.threads
+        resources = ray_train.plan_resources(ray.available_resources(), workers=workers, threads=threads)
+        progress("stage", {"text": f"starting {workers} workers"})
+        train = functools.partial(
+            ray_train.train, opened.config, opened.data, opened.schedule, run=opened.uri, resources=resources
+        )
+        _drive(opened, train, functools.partial(ray_train.evaluate, cpus=resources.evaluate_cpus), asked, progress)
+    finally:
+        ray.shutdown()
+
+
+def _drive(
+    opened: Opened, train: Callable[[], loop.Outcome], evaluate: Evaluate, asked: list[int], progress: Progress
+) -> None:
+    """Trains and reads out; raises what ended the run early."""
+    uri = opened.uri
+    readouts = _Readouts(uri, evaluate, progress)
+    watch = _Watch(uri, progress)
+    with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
+        training = pool.submit(train)
+        told = False
+        while not training.done():
+            if asked and not told:
+                progress("stage", {"text": "stopping: waiting for the step to end and its checkpoint to be stored"})
+                storage.write_atomic(storage.join(uri, "stop"), b"")
+                told = True
+            watch.look()
+            if not asked:
+                readouts.advance()
+            wait([training], timeout=POLL_S)
+        watch.look()
+        outcome = training.result()
+    storage.remove(storage.join(uri, "stop"))
+    if outcome.error is not None:
+        raise outcome.error
+    progress("stage", {"text": "reading out"})
+    readouts.finish()
+
+
+class _Watch:
+    """Hands on the records of new steps, from the run's own files."""
+
+    def __init__(self, uri: str, progress: Progress):
+        self.uri, self.progress = uri, progress
+        self.segment, self.seen = "", -1
+
+    def look(self) -> None:
+        names = [name for name in runs.segment_names(self.uri) if name >= self.segment]
+        for record in runs.read_metrics(self.uri, first_segment=self.segment):
+            if record["step"] > self.seen:
+                self.progress("step", record)
+                self.seen = record["step"]
+        self.segment = names[-1] if names else self.segment
+
+
+class _Readouts:
+    """Evaluates checkpoints that ask for it, one at a time; the untrained network first."""
+
+    def __init__(self, uri: str, evaluate: Evaluate, progress: Progress):
+        self.uri, self.evaluate, self.progress = uri, evaluate, progress
+        self.running: Future[dict[str, Any]] | None = None
+
+    def _due(self) -> list[str | None]:
+        names = storage.list_names(storage.join(self.uri, "checkpoints"))
+        asked: list[str | None] = [name for name in names if runs.awaits_evaluation(self.uri, name)]
+        untrained = storage.exists(runs.evaluation_uri(self.uri, None))
+        return asked if untrained else [None, *asked]
+
+    def advance(self) -> None:
+        """Takes a finished read-out, begins the next."""
+        if self.running is not None and self.running.done():
+            result, self.running = self.running.result(), None
+            self.progress("evaluation", result)
+        if self.running is None:
+            due = self._due()
+            if due:
+                self.running = self.evaluate(self.uri, due[0])
+
+    def finish(self) -> None:
+        """All that are due."""
+        while self.running is not None or self._due():
+            if self.running is not None:
+                wait([self.running])
+            self.advance()
+
+
+def summarise(opened: Opened) -> dict[str, Any]:
+    """The summary of a complete run, from its files."""
+    uri, made = opened.uri, opened.data.plan
+    records, attempt = runs.read_metrics(uri), runs.newest_attempt(uri)
+    steps = [record["step"] for record in records]
+    assert steps == list(range(opened.schedule.total_steps)), f"{uri}/metrics does not hold every step once"
+    untrained = runs.read_json(runs.evaluation_uri(uri, None))
+    final = runs.read_json(runs.evaluation_uri(uri, opened.schedule.total_steps))
+    seconds = sum(record["seconds"] for record in records)
+    images = sum(record["images"] for record in records)
+    accuracies = {name: final[name] for name in ("linear_accuracy", "knn_accuracy")}
+    accuracies |= {f"{name}_untrained": untrained[name] for name in accuracies}
+    return {
+        "run": uri,
+        "hash": runs.load_run(uri)["hash"],
+        "steps": len(records),
+        "images": images,
+        "views": sum(record["views"] for record in records),
+        "seconds": seconds,
+        "images_per_s": images / seconds,
+        "data_wait_share": sum(record["data_wait_s"] for record in records) / seconds,
+        "loss": records[-1]["loss"],
+        **accuracies,
+        "alpha": final["alpha"],
+        "rankme": final["rankme"],
+        "num_train": final["num_train"],
+        "num_test": final["num_test"],
+        "best_step": runs.best_step(uri),
+        "bad_samples": records[-1]["bad_samples"],
+        "dropped_samples": (made.num_selected % made.batch) * (len(records) // made.steps_per_epoch),
+        "restarts": attempt.number - 1,
+    }

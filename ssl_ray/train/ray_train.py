@@ -1,0 +1,159 @@
+"""A run on Ray: worker groups of Ray Train around the loop, streams of Ray Data beneath it.
+
+Ray restarts the workers when one dies. Where they go on is read from the run's commit marker, once, when the streams
+are made; each worker asserts it. Ray's own checkpoints and reports are not used.
+"""
+
+import dataclasses
+import logging
+import os
+import tempfile
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ssl_ray import plan, stream
+from ssl_ray.config import Config
+from ssl_ray.errors import ResourceError, TrainingError
+from ssl_ray.train import loop, runs
+from ssl_ray.train.readouts import evaluate_run
+
+IDLE_STARTS = 5
+"""So many starts in a row without a new checkpoint end the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What each worker, each stream and a read-out may use, in Ray's units."""
+
+    worker_cpus: float
+    stream_cpus: float
+    evaluate_cpus: float
+    gpus: bool
+
+
+def plan_resources(available: dict[str, float], *, workers: int, threads: int) -> Resources:
+    """Shares the cluster's CPUs out: half to the workers, the rest to their streams but for a read-out's part.
+
+    Raises ResourceError, saying what is missing and what to set, where half a CPU a worker is not there.
+    """
+    cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
+    if cpus < 0.5 * workers:
+        raise ResourceError(
+            f"train.workers={workers} needs {0.5 * workers:g} free CPUs (a quarter to train, a quarter for data, each); "
+            f"the cluster has {cpus:g} free. "
+            + (f"Set train.workers={int(2 * cpus)} or fewer, or add nodes." if cpus >= 0.5 else "Add nodes, or wait.")
+        )
+    if 0 < gpus < workers:
+        raise ResourceError(
+            f"train.workers={workers} needs a GPU for each; the cluster has {gpus:g} free. Set train.workers={int(gpus)}."
+        )
+    worker = min(float(threads), cpus / (2 * workers))
+    evaluate = min(1.0, cpus / 8)
+    share = (cpus - workers * worker - evaluate) / workers
+    return Resources(*(int(value * 1000) / 1000 for value in (worker, share, evaluate)), gpus=gpus >= workers)
+
+
+def start_ray() -> None:
+    """Joins the cluster that RAY_ADDRESS names, else starts a local one, reachable from this machine only."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Ray makes sockets below this folder, whose paths may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="ssl-ray-", dir="/tmp")
+    ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, _temp_dir=folder, **common)
+
+
+class StreamConfig(ray.train.DataConfig):
+    """Makes the workers' streams at every start of the worker group, from the committed position."""
+
+    def __init__(self, run: str, reference: Any, total_steps: int, stream_cpus: float):
+        super().__init__(datasets_to_split=[])
+        self.run, self.reference, self.total_steps, self.stream_cpus = run, reference, total_steps, stream_cpus
+
+    def configure(self, datasets, world_size, worker_handles=None, worker_node_ids=None, **_):
+        attempt = runs.begin_attempt(self.run)
+        lanes = stream.fetch(self.reference).plan.lanes
+        return [
+            {
+                "train": stream.ray_stream(
+                    self.reference,
+                    lanes=plan.lanes_of(rank, world_size, lanes),
+                    first_step=attempt.step,
+                    stop_step=self.total_steps,
+                    cpus=self.stream_cpus,
+                ).iterator()
+            }
+            for rank in range(world_size)
+        ]
+
+
+def _work(given: dict[str, Any]) -> loop.Outcome:
+    """What a Ray Train worker runs. A user's error is returned, since Ray would start the workers again if it were raised."""
+    import torch
+    import torch.distributed as dist
+
+    config: Config = given["config"]
+    run: str = given["run"]
+    torch.set_num_threads(config.train.threads)
+    context = ray.train.get_context()
+    group = dist.group.WORLD if context.get_world_size() > 1 else None
+    attempt, marker = runs.newest_attempt(run), runs.read_marker(run)
+    if attempt.idle >= IDLE_STARTS:
+        error = TrainingError(
+            f"the workers died {attempt.idle} times at step {attempt.step} without a new checkpoint.\n"
+            f"Their logs are below {ray.nodes and '/tmp/ssl-ray-*/session_latest/logs'}; lower checkpoint.every_s or memory use."
+        )
+        return loop.Outcome(marker.step, error)
+    assert marker.step == attempt.step, f"the marker moved from step {attempt.step} to {marker.step} during a start"
+    device = ray.train.torch.get_device()
+    tables = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    return loop.run_worker(
+        config,
+        given["schedule"],
+        stream.ray_batches(tables),
+        run=run,
+        attempt=attempt,
+        marker=marker,
+        group=group,
+        rank=context.get_world_rank(),
+        device=device,
+    )
+
+
+def evaluate(uri: str, checkpoint: str | None, *, cpus: float) -> "Future[dict[str, Any]]":
+    """The read-outs of a checkpoint, in a task beside the workers."""
+    return ray.remote(evaluate_run).options(num_cpus=cpus).remote(uri, checkpoint=checkpoint).future()
+
+
+def train(
+    config: Config, data: stream.TrainingData, schedule: loop.Schedule, *, run: str, resources: Resources
+) -> loop.Outcome:
+    """Trains the run at `run` on the cluster that is joined; returns how it ended. Workers that die are started again."""
+    reference = ray.put(data)
+    with tempfile.TemporaryDirectory(prefix="ssl-ray-train-") as storage_path:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"config": config, "run": run, "schedule": schedule},
+            datasets={"train": ray.data.range(1)},
+            dataset_config=StreamConfig(run, reference, schedule.total_steps, resources.stream_cpus),
+            torch_config=TorchConfig(timeout_s=300),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.train.workers,
+                use_gpu=resources.gpus,
+                resources_per_worker={"CPU": resources.worker_cpus} | ({"GPU": 1} if resources.gpus else {}),
+            ),
+            run_config=ray.train.RunConfig(
+                storage_path=storage_path, failure_config=ray.train.FailureConfig(max_failures=-1)
+            ),
+        )
+        return trainer.fit().return_value

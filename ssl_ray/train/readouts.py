@@ -1,0 +1,83 @@
+"""Read-outs of a run's checkpoints: the weights of a step, features of plain images, numbers in RUN/evaluations/."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssl_ray import shards, storage
+from ssl_ray.config import Config, build
+from ssl_ray.errors import DataError
+from ssl_ray.evaluate import calibrate_batch_norm, evaluate_features, features
+from ssl_ray.evaluate.images import Chosen, choose, plain_images
+from ssl_ray.train import runs
+from ssl_ray.train.checkpoint import load_weights
+from ssl_ray.train.loop import make_network
+
+CALIBRATION_IMAGES = 2048
+
+
+def _features(network: Any, chosen: Chosen, config: Config) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """h [n, D], labels [n] or None, and how many images could not be read."""
+    views = config.views
+    parts, kept = [], []
+    for images, positions in plain_images(chosen, channels=views.channels, size_px=views.size_px):
+        parts.append(features(network.features, images))
+        kept.append(positions)
+    if not parts:
+        raise DataError(f"{chosen.manifest.data_uri}: no image for the read-outs can be read. Run `ssl-ray data check`.")
+    positions = np.concatenate(kept)
+    labels = None if chosen.labels is None else chosen.labels[positions]
+    return np.concatenate(parts), labels, len(chosen.rows) - len(positions)
+
+
+def evaluate_run(uri: str, *, checkpoint: str | None, threads: int = 1) -> dict[str, Any]:
+    """The read-outs of one checkpoint (a name below RUN/checkpoints), or of the untrained network (None).
+
+    Writes them to RUN/evaluations/. The untrained network has its batch norm calibrated on the training images, so that
+    the gain over it is not that of the statistics alone.
+    """
+    torch.set_num_threads(threads)
+    config = build(runs.load_run(uri)["config"], source=storage.join(uri, "run.json"))
+    data = config.data
+    manifest = shards.load_manifest(data.uri)
+    eval_manifest = None if data.eval_uri is None else shards.load_manifest(data.eval_uri)
+    train, test = choose(
+        manifest, eval_manifest, held_out=data.eval_fraction, max_images=config.evaluate.max_images
+    )
+    network = make_network(config, group=None)
+    if checkpoint is not None:
+        load_weights(storage.join(uri, "checkpoints", checkpoint), network)
+    else:
+        some = Chosen(manifest, train.shards[:CALIBRATION_IMAGES], train.rows[:CALIBRATION_IMAGES], None)
+        images = np.concatenate(
+            [part for part, _ in plain_images(some, channels=config.views.channels, size_px=config.views.size_px)]
+        )
+        calibrate_batch_norm(network.encoder, images, batch=256, encode=network.features)
+    network.eval()
+    train_h, train_y, train_lost = _features(network, train, config)
+    test_h, test_y, test_lost = _features(network, test, config)
+    result = evaluate_features(train_h, train_y, test_h, test_y, seed=config.seed)
+    result |= {"unreadable": train_lost + test_lost}
+    step = None if checkpoint is None else runs.checkpoint_step(checkpoint)
+    result = {"step": step} | result
+    runs.write_json(runs.evaluation_uri(uri, step), result)
+    return result
+
+
+def evaluate_checkpoint(uri: str, *, step: int | None, untrained: bool) -> dict[str, Any]:
+    """The read-outs of the run at `uri`: of its newest committed checkpoint, that of `step`, or the untrained network.
+
+    Raises DataError if there is no such checkpoint.
+    """
+    runs.load_run(uri)
+    if untrained:
+        return evaluate_run(uri, checkpoint=None)
+    marker = runs.read_marker(uri)
+    names = {runs.checkpoint_step(name): name for name in storage.list_names(storage.join(uri, "checkpoints"))}
+    names = {at: name for at, name in names.items() if at < marker.step or name == marker.checkpoint}
+    if not names:
+        raise DataError(f"{uri}: no checkpoint was committed yet. Continue the run first: ssl-ray pretrain -c {uri}")
+    if step is not None and step not in names:
+        raise DataError(f"{uri}: no checkpoint of step {step}. There are: {', '.join(map(str, sorted(names)))}.")
+    return evaluate_run(uri, checkpoint=names[marker.step if step is None else step])
