@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ssl_ray import errors, plan, shards, views
 from ssl_ray.config import Views
@@ -98,22 +99,24 @@ def prepare(
         bounds = shards.balanced_thresholds(table["hash"].to_numpy(), labels, len(manifest.class_counts), fraction)
     selection = Selection(fraction, bounds, held_out, excluded)
     expected = max(1, round(manifest.num_samples * fraction * (1 - held_out)))
-    view_bytes = spec.count * spec.channels * spec.size_px**2
-    chunk_rows, steps_per_round = plan.sizes(
-        num_samples=manifest.num_samples, num_selected=expected, mean_bytes=manifest.mean_bytes, batch=batch, lanes=lanes,
-        view_bytes=view_bytes,
-    )  # fmt: skip
-    whole = np.array([name.endswith("gz") for name in manifest.names.to_pylist()])
-    chunks = plan.chunk_layout(manifest.counts, chunk_rows, whole=whole)
-    selected = np.zeros(chunks.num_chunks, np.int64)
-    first = 0
+    rows, steps_per_round = plan.sizes(
+        num_samples=manifest.num_samples,
+        num_selected=expected,
+        mean_bytes=manifest.mean_bytes,
+        batch=batch,
+        lanes=lanes,
+    )
+    whole = pc.ends_with(manifest.names, "gz").to_numpy(zero_copy_only=False)
+    chunks = plan.chunk_layout(manifest.counts, rows, whole=whole)
+    selected, done = np.zeros(chunks.num_chunks, np.int64), 0
+    first = np.concatenate([[0], np.cumsum(manifest.counts)])
     for table in shards.iter_index(manifest, ["shard", "hash", "label"]):
-        of_chunk, row = plan.chunks_of_rows(chunks, first, table.num_rows)
-        chosen = selection.mask(
-            table["shard"].to_numpy(), row, hashes=table["hash"].to_numpy(), labels=table["label"].to_numpy()
-        )
-        selected += np.bincount(of_chunk[chosen], minlength=chunks.num_chunks)
-        first += table.num_rows
+        shard = table["shard"].to_numpy().astype(np.int64)
+        row = np.arange(done, done + table.num_rows) - first[shard]
+        chosen = selection.mask(shard, row, hashes=table["hash"].to_numpy(), labels=table["label"].to_numpy())
+        of_chunk = plan.chunks_of_rows(chunks, shard[chosen], row[chosen])
+        selected += np.bincount(of_chunk, minlength=chunks.num_chunks)
+        done += table.num_rows
     made = plan.make_plan(
         seed=seed, batch=batch, lanes=lanes, steps_per_round=steps_per_round, chunks=chunks, selected=selected
     )
@@ -123,7 +126,7 @@ def prepare(
 def _locate(data: TrainingData, chunks: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Shard and row, int64, of the sample numbered `ranks` among the selected ones of each of `chunks` (same shapes)."""
     distinct, inverse = np.unique(chunks, return_inverse=True)
-    shard, first, stop = plan.chunk_rows(data.plan.chunks, distinct)
+    shard, first, stop = plan.chunk_bounds(data.plan.chunks, distinct)
     full = data.plan.selected[distinct] == stop - first
     rows = first[inverse].reshape(ranks.shape) + ranks
     for i in np.flatnonzero(~full):
@@ -196,14 +199,14 @@ class _Round:
 
 
 def round_batches(
-    data: TrainingData, order: EpochOrder, *, epoch: int, round: int, first_k: int, stop_k: int, lanes: range
+    data: TrainingData, order: EpochOrder, *, round: int, first_k: int, stop_k: int, lanes: range
 ) -> Iterator[Batch]:
     """The batches of steps `first_k` to `stop_k` of a round, for a block of lanes. `order` is that of the epoch."""
-    where = plan.worker_round(data.plan, order, epoch, round, lanes)
+    where = plan.worker_round(data.plan, order, round, lanes)
     samples = _Round(data, _locate(data, where.chunks, where.ranks), first_k=first_k)
-    before = epoch * data.plan.steps_per_epoch + round * data.plan.steps_per_round
+    before = order.epoch * data.plan.steps_per_epoch + round * data.plan.steps_per_round
     for k in range(first_k, stop_k):
-        yield samples.batch(before + k, k, seed=data.plan.seed, epoch=epoch)
+        yield samples.batch(before + k, k, seed=data.plan.seed, epoch=order.epoch)
 
 
 def local_batches(data: TrainingData, *, lanes: range, first_step: int, stop_step: int) -> Iterator[Batch]:
@@ -213,7 +216,7 @@ def local_batches(data: TrainingData, *, lanes: range, first_step: int, stop_ste
         if order is None or order.epoch != work.epoch:
             order = plan.epoch_order(data.plan, work.epoch)
         yield from round_batches(
-            data, order, epoch=work.epoch, round=work.round, first_k=work.first_k, stop_k=work.stop_k, lanes=lanes
+            data, order, round=work.round, first_k=work.first_k, stop_k=work.stop_k, lanes=lanes
         )
 
 
@@ -266,7 +269,7 @@ def fetch(reference: Any) -> TrainingData:
 
 
 @functools.lru_cache(maxsize=2)
-def _fetch_order(reference: Any, epoch: int) -> EpochOrder:
+def fetch_order(reference: Any, epoch: int) -> EpochOrder:
     return plan.epoch_order(fetch(reference).plan, epoch)
 
 
@@ -278,7 +281,7 @@ def _count_rounds(reference: Any, first_step: int, stop_step: int) -> Iterator[p
 def _work_round(table: pa.Table, *, reference: Any, lanes: range) -> Iterator[pa.Table]:
     work = {key: values[0] for key, values in table.to_pydict().items()}
     try:
-        order = _fetch_order(reference, work["epoch"])
+        order = fetch_order(reference, work.pop("epoch"))
         for batch in round_batches(fetch(reference), order, **work, lanes=lanes):
             yield to_table(batch)
     except SslRayError as error:
@@ -328,7 +331,7 @@ def ray_batches(tables: Iterable[pa.Table]) -> Iterator[Batch]:
 
 def draw_preview(uri: str, *, spec: Views, seed: int, num_images: int) -> bytes:
     """A PNG with a row for each of the first `num_images` images of a data set: the plain view and its views in epoch 0."""
-    manifest = shards.load_manifest(uri)
+    manifest = shards.load_manifest(shards.located(uri))
     shard, row = np.nonzero(np.arange(num_images) < manifest.counts[:num_images, None])
     samples = shards.read_samples(manifest, shard[:num_images].astype(np.int64), row[:num_images].astype(np.int64))
     if samples.problems:

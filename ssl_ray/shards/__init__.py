@@ -1,5 +1,6 @@
 """WebDataset shards at rest: made from images, indexed, checked, and read by ranges."""
 
+from ssl_ray.shards.builtin import located
 from ssl_ray.shards.check import check, stats
 from ssl_ray.shards.index import index
 from ssl_ray.shards.manifest import Manifest, bad_digest, bad_samples, index_rows, iter_index, load_manifest
@@ -22,6 +23,7 @@ __all__ = [
     "index_rows",
     "iter_index",
     "load_manifest",
+    "located",
     "open_source",
     "pack",
     "read_samples",

@@ -10,12 +10,12 @@ from ssl_ray import plan, stream
 from ssl_ray.config import Config
 from ssl_ray.train.loop import compute_loss, make_network
 from ssl_ray.train.optim import build_optimizer
-from ssl_ray.train.pretrain import open_data, plan_schedule
+from ssl_ray.train.pretrain import located, open_data, plan_schedule
 
 
 def forecast(config: Config, *, probe_steps: int) -> dict[str, Any]:
     """Steps, samples, bytes and memory of a run of `config`; with probe_steps > 0 also its time on one core's worker."""
-    data, _ = open_data(config)
+    data, _ = open_data(located(config))
     made, spec = data.plan, config.views
     schedule = plan_schedule(config, made.steps_per_epoch)
     mean_bytes = data.manifest.mean_bytes

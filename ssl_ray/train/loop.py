@@ -85,9 +85,8 @@ def make_network(config: Config, *, group: dist.ProcessGroup | None) -> Network:
         projector_width=model.projector_width,
         projector_depth=model.projector_depth,
         projector_norm=model.projector_norm,
-        batch_norm=model.batch_norm,
         seed=config.seed,
-        group=group,
+        global_batch_norm=group if model.batch_norm == "global" else None,
     )
     if config.train.init_from is not None:
         checkpoint.init_from(config.train.init_from, network)

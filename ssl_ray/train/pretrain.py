@@ -59,11 +59,20 @@ def open_data(config: Config) -> tuple[stream.TrainingData, dict[str, str]]:
     return data, digests
 
 
+def located(config: Config) -> Config:
+    """`config` with the places of its data as every process of a run finds them."""
+    eval_uri = None if config.data.eval_uri is None else shards.located(config.data.eval_uri)
+    data = dataclasses.replace(config.data, uri=shards.located(config.data.uri), eval_uri=eval_uri)
+    return dataclasses.replace(config, data=data)
+
+
 def open_run(config: Config, *, resume: str) -> Opened:
     """Opens data and run; raises RunMismatchError if the run's URI holds another one."""
+    name = config.data.uri
+    config = located(config)
     data, digests = open_data(config)
     run_id = runs.run_identity(config, data_digests=digests)
-    uri = config.run or runs.default_uri(config, run_id)
+    uri = storage.absolute(config.run or runs.default_uri(name, run_id))
     resumed = runs.open_run(uri, config, run_id, resume=resume)
     return Opened(uri, config, data, plan_schedule(config, data.plan.steps_per_epoch), resumed)
 

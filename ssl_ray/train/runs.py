@@ -60,8 +60,9 @@ def run_identity(config: Config, *, data_digests: dict[str, str]) -> dict[str, A
     return identity(config) | data_digests
 
 
-def default_uri(config: Config, run_id: dict[str, Any]) -> str:
-    name = config.data.uri.rstrip("/").rsplit("/", 1)[-1]
+def default_uri(data_uri: str, run_id: dict[str, Any]) -> str:
+    """runs/NAME-HASH, after the last part of the data's URI and the identity."""
+    name = data_uri.rstrip("/").rsplit("/", 1)[-1]
     return f"runs/{name}-{canonical_hash(run_id)[:8]}"
 
 

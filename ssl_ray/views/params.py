@@ -1,0 +1,115 @@
+"""The parameters of the views of a whole batch, as arrays: pure functions of (seed, epoch, sample's hash, view).
+
+The laws are those of torchvision's RandomResizedCrop, ColorJitter, RandomHorizontalFlip, RandomGrayscale, GaussianBlur and
+RandomSolarize. Each draw has a word of its own, so that no option shifts the draws of another.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from ssl_ray.config import Views
+from ssl_ray.philox import VIEW, philox, uniform
+
+TRIES = 10
+"""Crops to try before the largest central one of an allowed ratio is taken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewParams:
+    """Arrays [B, m]. A factor of 1 and a hue of 0 change nothing; a sigma of 0 is no blur."""
+
+    top: np.ndarray
+    """int64, like left, height and width: the crop in pixels of the source."""
+    left: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    flip: np.ndarray
+    """bool."""
+    brightness: np.ndarray
+    """float64, like the following."""
+    contrast: np.ndarray
+    saturation: np.ndarray
+    hue: np.ndarray
+    """In turns."""
+    gray: np.ndarray
+    """bool."""
+    sigma: np.ndarray
+    """In pixels of the view."""
+    solarize: np.ndarray
+    """bool."""
+
+
+def draw(
+    spec: Views, *, seed: int, epoch: int, hashes: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> ViewParams:
+    """The parameters of `spec.count` views of each of B samples: hashes uint64 [B], source sizes int [B]."""
+    u = _uniforms(spec.count, seed=seed, epoch=epoch, hashes=hashes, words=2 * TRIES + 12)
+    top, left, height, width = _crops(spec, u[..., : 2 * TRIES + 2], heights, widths)
+    flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma, solarize = np.moveaxis(
+        u[..., 2 * TRIES + 2 :], -1, 0
+    )
+
+    def chance(probability: float | tuple[float, ...], draws: np.ndarray) -> np.ndarray:
+        each = probability if isinstance(probability, tuple) else (probability,)
+        return draws < np.array(each)[np.arange(spec.count) % len(each)]
+
+    jittered = chance(spec.jitter, jitter)
+
+    def factor(strength: float, draws: np.ndarray) -> np.ndarray:
+        low = max(0.0, 1 - strength)
+        return np.where(jittered, low + (1 + strength - low) * draws, 1.0)
+
+    low, high = spec.blur_sigma
+    return ViewParams(
+        top=top,
+        left=left,
+        height=height,
+        width=width,
+        flip=chance(spec.flip, flip),
+        brightness=factor(spec.brightness, brightness),
+        contrast=factor(spec.contrast, contrast),
+        saturation=factor(spec.saturation, saturation),
+        hue=np.where(jittered, spec.hue * (2 * hue - 1), 0.0),
+        gray=chance(spec.grayscale, gray),
+        sigma=np.where(chance(spec.blur, blur), low + (high - low) * sigma, 0.0),
+        solarize=chance(spec.solarize, solarize),
+    )
+
+
+def _uniforms(views: int, *, seed: int, epoch: int, hashes: np.ndarray, words: int) -> np.ndarray:
+    """float64 [B, m, words] in (0, 1)."""
+    low = (hashes & np.uint64(0xFFFFFFFF))[:, None, None]
+    high = (hashes >> np.uint64(32))[:, None, None]
+    view = (VIEW | np.arange(views, dtype=np.uint64) << np.uint64(8))[None, :, None]
+    block = np.arange(-(-words // 4), dtype=np.uint64)[None, None, :]
+    drawn = np.stack(philox(low, high, view, block, key=(seed, epoch)), axis=-1)
+    return uniform(drawn.reshape(len(hashes), views, -1)[..., :words])
+
+
+def _crops(spec: Views, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Top, left, height, width int64 [B, m] from u [B, m, 2 TRIES + 2]."""
+    source_h, source_w = (np.asarray(size, np.int64)[:, None] for size in (heights, widths))
+    area = (source_h * source_w)[..., None].astype(np.float64)
+    scale_low, scale_high = spec.crop_scale
+    ratio_low, ratio_high = np.log(spec.crop_ratio[0]), np.log(spec.crop_ratio[1])
+    target = area * (scale_low + (scale_high - scale_low) * u[..., :TRIES])
+    ratio = np.exp(ratio_low + (ratio_high - ratio_low) * u[..., TRIES : 2 * TRIES])
+    width = np.rint(np.sqrt(target * ratio)).astype(np.int64)
+    height = np.rint(np.sqrt(target / ratio)).astype(np.int64)
+    fits = (width > 0) & (width <= source_w[..., None]) & (height > 0) & (height <= source_h[..., None])
+    first = fits.argmax(axis=-1)[..., None]
+    width, height = (np.take_along_axis(size, first, axis=-1)[..., 0] for size in (width, height))
+    top = np.floor((source_h - height + 1) * u[..., 2 * TRIES]).astype(np.int64)
+    left = np.floor((source_w - width + 1) * u[..., 2 * TRIES + 1]).astype(np.int64)
+    # None of the tries fitted: the central crop, as large as the ratios allow.
+    shape = source_w / source_h
+    central_w = np.where(shape > spec.crop_ratio[1], np.rint(source_h * spec.crop_ratio[1]), source_w).astype(np.int64)
+    central_h = np.where(shape < spec.crop_ratio[0], np.rint(source_w / spec.crop_ratio[0]), source_h).astype(np.int64)
+    fitted = fits.any(axis=-1)
+    return (
+        np.where(fitted, top, (source_h - central_h) // 2),
+        np.where(fitted, left, (source_w - central_w) // 2),
+        np.where(fitted, height, central_h),
+        np.where(fitted, width, central_w),
+    )
