@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data(verbs: Any) -> None:
     pack = _add(verbs, "pack", _data_pack, "Write shuffled WebDataset shards with manifest and index.")
-    pack.add_argument("source", help="digits, fashion-mnist, cifar10, cifar100, stl10, a folder of images, or of WebDataset shards")
+    pack.add_argument("source", help="digits, fashion-mnist, cifar10, cifar100, stl10, a folder of images or of shards")
     pack.add_argument("uri", help="folder or URI to write to")
     pack.add_argument("--split", default="train", help="train, test or (stl10) unlabeled; default: train")
     pack.add_argument("--root", help="where the files of fashion-mnist, cifar or stl10 are")

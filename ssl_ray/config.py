@@ -369,4 +369,3 @@ def _readable(error: Exception, given: dict[str, Any]) -> str:
         expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
         return f"{key}: got {given[key]!r}, expected {expected}."
     return " ".join(text.split())
-

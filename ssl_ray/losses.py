@@ -1,10 +1,17 @@
 """Losses of many views: functions of a few moments of the embeddings, summed over all workers.
 
-Every worker gets the value of the global batch. Gradients are those of that value times the number of workers, since DDP
-averages what the workers give: the average is then the gradient that one process with the whole batch has. (The backward
-of a sum over workers is a sum over workers.) Means come first, then centred second moments: sums of uncentred float32
-squares lose digits where the mean is large. Where there are fewer embeddings than dimensions, the same squared sums come
-from the Gram matrix of the embeddings of all workers (|Z'Z| = |ZZ'| in Frobenius norm). Nothing loops over pairs of views.
+Every worker gets the value of the global batch. Its gradient is that value's times the number of workers N, since DDP
+averages what the workers give: the average is then the gradient that one process with the whole batch has.
+
+Two sums over the workers make a loss, and its backward pass needs none: first counts and means, then second moments
+of what is centred on those means (sums of uncentred float32 squares lose digits where the mean is large). The means may
+be constants of the backward pass, because moments around a mean do not change to first order when the mean moves. And
+as all workers compute the same from the same sums, the gradient of a sum is the same everywhere: N times one's own
+stands for the sum over workers. (So every worker must backpropagate the same multiple of the loss.)
+
+Where there are fewer embeddings than dimensions, the squared moments come from the Gram matrix of the embeddings of all
+workers (|Z'Z| = |ZZ'| in Frobenius norm); every worker computes all of it. Nothing loops over pairs of views.
+Moments are float32 or, for float64 embeddings, float64, whatever the autocast.
 The formulas are those of arXiv 2312.10725 unless another source is named.
 """
 
@@ -17,6 +24,7 @@ from torch import Tensor
 STANDARD_EPS = 1e-8
 """Added to the variances that embeddings are standardised by, so that a constant feature gives 0, not NaN."""
 VICREG_EPS = 1e-4
+"""Added to the variances under VICReg's square root, as in the original."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +40,16 @@ class Health:
     std: float
     """Mean over the features of their standard deviation."""
     effective_rank: float
-    """(tr C)^2 / |C|^2 of the covariance C, 1 to d: the participation ratio of its eigenvalues."""
+    """(tr C)^2 / |C|^2 of the covariance C, 1 to d: the participation ratio of its eigenvalues. 0 if C is 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """The global batch: images of all workers, and of those of lower rank."""
+
+    total: int
+    before: int
+    group: dist.ProcessGroup | None
 
 
 def beta_auto(d: int) -> float:
@@ -40,126 +57,121 @@ def beta_auto(d: int) -> float:
     return 2.8 / d
 
 
-class _SumOverWorkers(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        x = x.contiguous().clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-def _sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of x over the workers; x itself for one."""
-    return x if group is None or dist.get_world_size(group) == 1 else _SumOverWorkers.apply(x, group)
-
-
-def _count(batch: int, z: Tensor, group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Images of all workers, and of those of lower rank. Raises ValueError for fewer than two."""
-    if group is None or dist.get_world_size(group) == 1:
-        total, before = batch, 0
-    else:
-        counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=z.device)
-        counts[dist.get_rank(group)] = batch
-        dist.all_reduce(counts, group=group)
-        total, before = int(counts.sum()), int(counts[: dist.get_rank(group)].sum())
-    if total < 2:
-        raise ValueError(f"the global batch has {total} image, a loss needs 2 or more")
-    return total, before
-
-
-def _all_rows(x: Tensor, total: int, before: int, group: dist.ProcessGroup | None) -> Tensor:
-    """x [..., B, d] of all workers, [..., total, d], in order of rank: a sum of zero-padded parts."""
-    if x.shape[-2] == total:
-        return x
-    padded = torch.nn.functional.pad(x, (0, 0, before, total - before - x.shape[-2]))
-    return _sum(padded, group)
-
-
-def _entry(z: Tensor) -> Tensor:
-    if z.ndim != 3 or z.shape[0] < 2:
-        raise ValueError(f"z: got shape {list(z.shape)}, expected [m, B, d] with m >= 2")
-    return z if z.dtype == torch.float64 else z.float()
-
-
-def barlow_twins(
-    z: Tensor, *, beta: float, form: str = "mean", group: dist.ProcessGroup | None = None
-) -> LossTerms:
+def barlow_twins(z: Tensor, *, beta: float, form: str = "mean", group: dist.ProcessGroup | None = None) -> LossTerms:
     """Multi-view Barlow Twins loss of the global batch.
 
-    z: [m, B, d] embeddings of this worker, m views of B images.  beta: weight of the off-diagonal, > 0.
-    form: `mean`, of the mean embedding: mean_v sum_k (1 - a_vk)^2 + beta sum_{i != j} Cbar_ij^2, with
-    a_vk = mean_b z_vbk zbar_bk and Cbar = zbar' zbar / B;  `pairs`, with the mean cross-correlation over all ordered pairs of
-    different views: sum_k (1 - C_kk)^2 + beta sum_{i != j} C_ij^2;  `classic` (m = 2), with the cross-correlation of the two
-    views, each standardised by itself (arXiv 2103.03230).  The first two standardise each feature over all m B embeddings.
+    z: [m, B, d] embeddings of this worker, m views of B images; B may differ between workers.
+    beta: weight of the off-diagonal, > 0.  group: all workers; None for one.
+    form `mean`, of the mean embedding zbar: mean_v sum_k (1 - a_vk)^2 + beta sum_{i != j} Cbar_ij^2, with
+    a_vk = mean_b z_vbk zbar_bk and Cbar = zbar' zbar / B.
+    `pairs`: sum_k (1 - C_kk)^2 + beta sum_{i != j} C_ij^2, with C the mean cross-correlation z_u' z_v / B over all
+    ordered pairs of different views: C = (m^2 Cbar - sum_v C_vv) / (m (m - 1)).
+    `classic` (m = 2): the same with C = z_1' z_2 / B, each view standardised by itself (arXiv 2103.03230); the first
+    two standardise each feature over all m B embeddings.  Population variance plus STANDARD_EPS throughout.
     Terms: `diagonal`, `off_diagonal`.  Raises ValueError if the global B < 2, or m != 2 for `classic`.
     """
-    z = _entry(z)
-    m, batch, d = z.shape
-    if form == "classic" and m != 2:
-        raise ValueError(f"classic compares two views, got {m}")
-    total, before = _count(batch, z, group)
-    # Of each view by itself for classic, of all together else: [m or 1, 1, d]
-    over = (1,) if form == "classic" else (0, 1)
-    rows = total * (1 if form == "classic" else m)
-    z = z - _sum(z.sum(over, keepdim=True), group) / rows
-    variance = _sum(z.square().sum(over, keepdim=True), group) / rows
-    z = z * (variance + STANDARD_EPS).rsqrt()
-    match form:
-        case "mean":
-            zbar = z.mean(0)
-            a = _sum((z * zbar).sum(1), group) / total  # [m, d]
-            diagonal = (1 - a).square().sum(1).mean()
-            everything = _squared_moments(zbar, torch.ones(batch, dtype=z.dtype), total, before, group)
-            own = _sum(zbar.square().sum(0), group) / total  # the diagonal of Cbar
-        case "pairs":
-            # C is a signed sum of outer products: m^2 zbar zbar' - sum_v z_v z_v', over m (m - 1) B.
-            parts = torch.cat([z.mean(0, keepdim=True), z])  # [m + 1, B, d]
-            weights = torch.full((m + 1, batch), -1.0, dtype=z.dtype)
-            weights[0] = m * m
-            weights = weights / (m * (m - 1))
-            own = _sum((weights.to(z.device)[..., None] * parts.square()).sum((0, 1)), group) / total
-            diagonal = (1 - own).square().sum()
-            everything = _squared_moments(parts, weights, total, before, group)
-        case "classic":
-            own = _sum((z[0] * z[1]).sum(0), group) / total
-            diagonal = (1 - own).square().sum()
-            everything = _squared_cross(z[0], z[1], total, before, group)
-        case _:
-            raise ValueError(f"form: got {form!r}, expected mean, pairs or classic")
-    off_diagonal = everything - own.square().sum()
-    return _terms(diagonal + beta * off_diagonal, diagonal=diagonal, off_diagonal=off_diagonal)
+    compute = {"mean": _mean_form, "pairs": _pairs_form, "classic": _classic_form}.get(form)
+    if compute is None:
+        raise ValueError(f"form: got {form!r}, expected mean, pairs or classic")
+    if form == "classic" and len(z) != 2:
+        raise ValueError(f"classic compares two views, got {len(z)}")
+    with torch.autocast(z.device.type, enabled=False):
+        z = _checked(z)
+        batch, means = _means(z, group)
+        diagonal, off_diagonal = compute(z, means, batch)
+        return _terms(diagonal + beta * off_diagonal, diagonal=diagonal, off_diagonal=off_diagonal)
 
 
-def _terms(total: Tensor, **terms: Tensor) -> LossTerms:
-    return LossTerms(total, {name: value.detach() for name, value in terms.items()})
+class _ViewsWithMean(torch.autograd.Function):
+    """z [m, B, d] -> zbar [B, d], sum_b z_vb zbar_b [m, d] and sum_vb z_vb^2 [d], all centred on the mean of all views.
+
+    A gradient by hand takes half the time of autograd's, whose cost here is passes over z.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean = means.mean(0)
+        z, drift = z - mean, means - mean
+        zbar = z.mean(0)
+        product = z * zbar
+        # A view's own mean differs from the joint one. The second term, 0 over all workers, gives the sum the gradient
+        # that it has with z_v centred on its own mean, where the means may be constants.
+        with_mean = product.sum(1) - drift * zbar.sum(0)
+        squares = torch.mul(z, z, out=product).sum((0, 1))
+        ctx.save_for_backward(z, zbar, drift)
+        return zbar, with_mean, squares
+
+    @staticmethod
+    def backward(ctx, d_zbar: Tensor, d_with_mean: Tensor, d_squares: Tensor) -> tuple[Tensor, None]:
+        z, zbar, drift = ctx.saved_tensors
+        weight = d_with_mean[:, None]
+        out = z * weight
+        through_zbar = (d_zbar + out.sum(0) - (d_with_mean * drift).sum(0)) / len(z)
+        torch.mul(z, 2 * d_squares, out=out).addcmul_(weight, zbar).add_(through_zbar)
+        return out, None
 
 
-def _squared_moments(
-    x: Tensor, weights: Tensor, total: int, before: int, group: dist.ProcessGroup | None
-) -> Tensor:
-    """|sum_b w_b x_b x_b' / total|^2 (Frobenius) over the rows x [..., B, d] of all workers, weights [..., B]."""
-    weights, sets = weights.to(x.device), x[..., 0, 0].numel()
-    if x.shape[-1] <= sets * total:
-        moments = (x * weights[..., None]).flatten(0, -2).T @ x.flatten(0, -2)
-        return (_sum(moments, group) / total).square().sum()
-    rows = _all_rows(x, total, before, group).flatten(0, -2)
-    w = _all_rows(weights[..., None], total, before, group).flatten()
-    return ((rows @ rows.T).square() * w[:, None] * w).sum() / total**2
+def _mean_form(z: Tensor, means: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
+    m, _, d = z.shape
+    zbar, a, squares = _ViewsWithMean.apply(z, means)
+    by_features = d <= batch.total
+    a, squares, second = _sum(a, squares, _product(zbar) if by_features else _padded(zbar, batch), group=batch.group)
+    precision = 1 / (squares / (m * batch.total) + STANDARD_EPS)
+    a = a / batch.total * precision
+    own = a.mean(0)  # the diagonal of Cbar, since the sum of the views is m zbar
+    if by_features:
+        off_diagonal = _off_diagonal(second / batch.total, precision, precision)
+    else:
+        gram = _product((second * precision.sqrt()).T)
+        off_diagonal = gram.square().sum() / batch.total**2 - own.square().sum()
+    return (1 - a).square().sum(1).mean(), off_diagonal
 
 
-def _squared_cross(x: Tensor, y: Tensor, total: int, before: int, group: dist.ProcessGroup | None) -> Tensor:
-    """|x' y / total|^2 over the rows of all workers: the sum over entries of (x x') * (y y') on the smaller side."""
-    if x.shape[-1] <= total:
-        return (_sum(x.T @ y, group) / total).square().sum()
-    x, y = _all_rows(torch.stack([x, y]), total, before, group)
-    return ((x @ x.T) * (y @ y.T)).sum() / total**2
+def _pairs_form(z: Tensor, means: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
+    m, _, d = z.shape
+    z = z - means.mean(0)
+    zbar = z.mean(0)
+    squares = z.square().sum((0, 1))
+    pairs = m * (m - 1) * batch.total
+    own = (m * m * zbar.square().sum(0) - squares) / pairs
+    by_features = d <= (m + 1) * batch.total
+    if by_features:
+        second = (m * m * _product(zbar) - _product(z.flatten(0, 1))) / pairs
+    else:
+        second = _padded(torch.cat([zbar[None], z]), batch)
+    own, squares, second = _sum(own, squares, second, group=batch.group)
+    precision = 1 / (squares / (m * batch.total) + STANDARD_EPS)
+    own = own * precision
+    if by_features:
+        off_diagonal = _off_diagonal(second, precision, precision)
+    else:
+        # C is a sum of outer products of the rows x_k of the mean and of the views, of signs and weights w_k, so
+        # |C|^2 = sum_kl w_k w_l (x_k x_l)^2.
+        weights = z.new_full((m + 1, batch.total), -1 / pairs)
+        weights[0] = m * m / pairs
+        gram = _product((second * precision.sqrt()).flatten(0, 1).T)
+        off_diagonal = weights.flatten() @ gram.square() @ weights.flatten() - own.square().sum()
+    return (1 - own).square().sum(), off_diagonal
+
+
+def _classic_form(z: Tensor, means: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
+    z = z - means[:, None]
+    by_features = z.shape[-1] <= 2 * batch.total
+    own, squares, second = _sum(
+        (z[0] * z[1]).sum(0),
+        z.square().sum(1),
+        z[0].T @ z[1] if by_features else _padded(z, batch),
+        group=batch.group,
+    )
+    precision = 1 / (squares / batch.total + STANDARD_EPS)  # [2, d]
+    own = own / batch.total * precision.prod(0).sqrt()
+    if by_features:
+        off_diagonal = _off_diagonal(second / batch.total, precision[0], precision[1])
+    else:
+        # |Z1' Z2|^2 is the sum over entries of (Z1 Z1') * (Z2 Z2').
+        grams = _product((second * precision.sqrt()[:, None]).mT)
+        off_diagonal = (grams[0] * grams[1]).sum() / batch.total**2 - own.square().sum()
+    return (1 - own).square().sum(), off_diagonal
 
 
 def vicreg(
@@ -167,61 +179,175 @@ def vicreg(
 ) -> LossTerms:
     """Multi-view VICReg loss of the global batch (arXiv 2105.04906 for two views).
 
-    z: [m, B, d].  The arguments are the weights of its terms, each a mean over views:  `invariance`, the mean over pairs of
-    views and images of |z_u - z_v|^2 / d, by the identity 2m/(m-1) mean_v |z_v - zbar|^2;  `variance`, mean_k relu(1 - std_k),
-    std = sqrt(var + 1e-4);  `covariance`, sum_{i != j} Cov_ij^2 / d.  Variances and covariances divide by B - 1.
-    For m = 2 this is the original but for its covariance term, which sums over the two views (so weigh it 2 here).
-    Raises ValueError if the global B < 2.
+    z: [m, B, d] embeddings of this worker; B may differ between workers.  group: all workers; None for one.
+    The other arguments are the weights of the terms, each a mean over views:
+    `invariance`: the mean over pairs of views and images of |z_u - z_v|^2 / d = 2m/(m-1) mean_v |z_v - zbar|^2 / d.
+    `variance`: mean_k relu(1 - std_k) with std = sqrt(var + VICREG_EPS).  `covariance`: sum_{i != j} Cov_ij^2 / d.
+    Variances and covariances divide by B - 1.
+    For m = 2 the first two are the original's; its covariance term is the sum over the two views, so twice this one:
+    the original's weights 25, 25, 1 are 25, 25, 2 here.  Raises ValueError if the global B < 2.
     """
-    z = _entry(z)
-    m, batch, d = z.shape
-    total, before = _count(batch, z, group)
-    spread = (z - z.mean(0)).square().sum()
-    distance = _sum(spread, group) * (2 / ((m - 1) * total * d))
-    z = z - _sum(z.sum(1, keepdim=True), group) / total  # each view by itself
-    own = _sum(z.square().sum(1), group) / (total - 1)  # [m, d]
-    hinge = torch.relu(1 - (own + VICREG_EPS).sqrt()).mean()
-    if d <= total:
-        moments = _sum(z.transpose(1, 2) @ z, group) / (total - 1)  # [m, d, d]
-        everything = moments.square().sum((1, 2))
-    else:
-        rows = _all_rows(z, total, before, group)
-        everything = (rows @ rows.transpose(1, 2)).square().sum((1, 2)) / (total - 1) ** 2
-    off_diagonal = (everything - own.square().sum(1)).mean() / d
-    loss = invariance * distance + variance * hinge + covariance * off_diagonal
-    return _terms(loss, invariance=distance, variance=hinge, covariance=off_diagonal)
+    with torch.autocast(z.device.type, enabled=False):
+        z = _checked(z)
+        m, _, d = z.shape
+        batch, means = _means(z, group)
+        z = z - means[:, None]
+        # Differences of the views as they are, without the rounding of their large common mean.
+        spread = (z - z.mean(0) + (means - means.mean(0))[:, None]).square().sum()
+        by_features = d <= batch.total
+        spread, own, second = _sum(spread, z.square().sum(1), _product(z) if by_features else _padded(z, batch), group=group)
+        distance = spread * (2 / ((m - 1) * batch.total * d))
+        own = own / (batch.total - 1)  # [m, d]
+        hinge = torch.relu(1 - (own + VICREG_EPS).sqrt()).mean()
+        if by_features:
+            off_diagonal = _without_diagonal(second / (batch.total - 1)).square().sum() / (m * d)
+        else:
+            everything = _product(second.mT).square().sum() / (batch.total - 1) ** 2
+            off_diagonal = (everything - own.square().sum()) / (m * d)
+        loss = invariance * distance + variance * hinge + covariance * off_diagonal
+        return _terms(loss, invariance=distance, variance=hinge, covariance=off_diagonal)
 
 
 def spectral(z: Tensor, *, group: dist.ProcessGroup | None = None) -> LossTerms:
     """Spectral contrastive loss of the global batch (arXiv 2106.04156): -2 E<z, z+> + E<z, z'>^2.
 
-    z: [m, B, d].  Positives are the ordered pairs of different views of an image, negatives the pairs of embeddings of
-    different images.  Terms: `positive` E<z, z+>, `negative` E<z, z'>^2.  Raises ValueError if the global B < 2.
+    z: [m, B, d] embeddings of this worker; B may differ between workers.  group: all workers; None for one.
+    Positives are the ordered pairs of different views of an image, negatives all pairs of embeddings of different
+    images.
+    Terms: `positive` E<z, z+>, `negative` E<z, z'>^2.  Raises ValueError if the global B < 2.
     """
-    z = _entry(z)
-    m, batch, d = z.shape
-    total, before = _count(batch, z, group)
-    sums = z.sum(0)
-    positive = _sum(sums.square().sum() - z.square().sum(), group) / (total * m * (m - 1))
-    if d <= m * total:
-        flat = z.flatten(0, 1)
-        everything = _sum(flat.T @ flat, group).square().sum()
-    else:
-        rows = _all_rows(z, total, before, group).flatten(0, 1)
-        everything = (rows @ rows.T).square().sum()
-    per_image = z.transpose(0, 1) @ z.permute(1, 2, 0)  # [B, m, m]
-    negative = (everything - _sum(per_image.square().sum(), group)) / (total * (total - 1) * m * m)
-    return _terms(negative - 2 * positive, positive=positive, negative=negative)
+    with torch.autocast(z.device.type, enabled=False):
+        z = _checked(z)
+        m, _, d = z.shape
+        batch = _count(z, group)
+        by_features = d <= m * batch.total
+        positive, same_image, second = _sum(
+            z.sum(0).square().sum() - z.square().sum(),
+            (z.transpose(0, 1) @ z.permute(1, 2, 0)).square().sum(),  # of [B, m, m]
+            _product(z.flatten(0, 1)) if by_features else _padded(z, batch),
+            group=group,
+        )
+        everything = (second if by_features else _product(second.flatten(0, 1).T)).square().sum()
+        positive = positive / (batch.total * m * (m - 1))
+        negative = (everything - same_image) / (batch.total * (batch.total - 1) * m * m)
+        return _terms(negative - 2 * positive, positive=positive, negative=negative)
 
 
 @torch.no_grad()
 def embedding_health(z: Tensor, *, group: dist.ProcessGroup | None = None) -> Health:
-    """Spread of the embeddings z [n, d] of all workers. A collapse shows as a rank of 1, or a std of 0."""
-    z = z.float()
-    total, before = _count(len(z), z, group)
-    z = z - _sum(z.sum(0), group) / total
-    own = _sum(z.square().sum(0), group) / total
-    squared = _squared_moments(z, torch.ones(len(z)), total, before, group)
-    trace = own.sum()
-    rank = (trace.square() / squared).item() if squared > 0 else 0.0
-    return Health(own.sqrt().mean().item(), rank)
+    """Spread of the embeddings or representations z [n, d] of all workers. Costs their covariance, no eigenvalues.
+
+    A collapse shows as a rank of 1 (all on a line) or a std of 0.  Raises ValueError for fewer than two rows in all.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z = _at_least_float32(z)[None]
+        batch, means = _means(z, group)
+        z = z[0] - means
+        by_features = z.shape[1] <= batch.total
+        own, second = _sum(z.square().sum(0), _product(z) if by_features else _padded(z, batch), group=group)
+        squared = (second if by_features else _product(second.T)).square().sum().item()
+        return Health((own / batch.total).sqrt().mean().item(), own.sum().item() ** 2 / squared if squared else 0.0)
+
+
+# Algebra of moments
+
+
+class _Product(torch.autograd.Function):
+    """x' x of x [..., n, d]; the gradient takes one matrix product, not the two of autograd."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.mT @ x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x @ (grad + grad.mT)
+
+
+def _product(x: Tensor) -> Tensor:
+    return _Product.apply(x)
+
+
+def _without_diagonal(x: Tensor) -> Tensor:
+    return x.masked_fill(torch.eye(x.shape[-1], dtype=torch.bool, device=x.device), 0)
+
+
+def _off_diagonal(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """sum_{i != j} x_ij^2 left_i right_j: of a moment matrix and one over the variances of its features."""
+    return left @ _without_diagonal(x).square() @ right
+
+
+def _terms(total: Tensor, **terms: Tensor) -> LossTerms:
+    return LossTerms(total, {name: value.detach() for name, value in terms.items()})
+
+
+def _at_least_float32(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def _checked(z: Tensor) -> Tensor:
+    if z.ndim != 3 or z.shape[0] < 2:
+        raise ValueError(f"z: got shape {list(z.shape)}, expected [m, B, d] with m >= 2")
+    return _at_least_float32(z)
+
+
+# Sums over workers
+
+
+def _is_one(group: dist.ProcessGroup | None) -> bool:
+    return group is None or dist.get_world_size(group) == 1
+
+
+class _SumOverWorkers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.workers = dist.get_world_size(group)
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        # The sum over the workers of their gradients, which are all the same.
+        return grad * ctx.workers, None
+
+
+def _sum(*parts: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+    """Each part summed over the workers, in one message."""
+    if group is None or _is_one(group):
+        return parts
+    summed = _SumOverWorkers.apply(torch.cat([part.flatten() for part in parts]), group)
+    split = summed.split([part.numel() for part in parts])
+    return tuple(piece.view(part.shape) for piece, part in zip(split, parts, strict=True))
+
+
+def _padded(x: Tensor, batch: _Batch) -> Tensor:
+    """x [..., B, d] between zeros, [..., total, d]: the sum over workers is the rows of all, in order of rank."""
+    if _is_one(batch.group):
+        return x
+    return torch.nn.functional.pad(x, (0, 0, batch.before, batch.total - batch.before - x.shape[-2]))
+
+
+def _count(z: Tensor, group: dist.ProcessGroup | None) -> _Batch:
+    return _means(z[..., :0], group)[0]
+
+
+def _means(z: Tensor, group: dist.ProcessGroup | None) -> tuple[_Batch, Tensor]:
+    """The global batch, and the means [m, d] of its views as constants. Raises ValueError for fewer than two images."""
+    sums = z.detach().sum(1)
+    if group is None or _is_one(group):
+        counts, before = [z.shape[1]], 0
+    else:
+        workers, rank = dist.get_world_size(group), dist.get_rank(group)
+        # Counts fit the moments' float32 up to 2^24 images.
+        message = torch.cat([sums.new_zeros(workers), sums.flatten()])
+        message[rank] = z.shape[1]
+        dist.all_reduce(message, group=group)
+        counts = [int(count) for count in message[:workers].tolist()]
+        before, sums = sum(counts[:rank]), message[workers:].view_as(sums)
+    total = sum(counts)
+    if total < 2:
+        raise ValueError(f"the global batch has {total} image, a loss needs 2 or more")
+    return _Batch(total, before, group), sums / total

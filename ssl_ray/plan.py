@@ -7,9 +7,21 @@ seconds to set up an epoch of 10^9 samples), and the permutations of those chunk
 A *round* is K steps of the global batch G, so K G consecutive positions of that order. It is dealt in L *lanes* of
 c = K G / L consecutive positions, about twelve chunks each; step k of the round takes the k-th slice of G / L positions
 of every lane. A worker owns a contiguous block of lanes, so a contiguous run of the round's positions: only at the
-borders between workers and between rounds is a chunk read twice. With twelve chunks a lane and as many workers as lanes
-that adds up to a twelfth to the bytes read; with eight it was more than a tenth. Which samples a step holds depends
-neither on the number of workers nor on where a run was interrupted.
+borders between workers and between rounds is a chunk read twice. Which samples a step holds depends neither on the
+number of workers nor on where a run was interrupted.
+
+Bytes read over bytes needed, simulated with 64 lanes and chunks of some 350 images of 3 kB, each chunk read from its
+first needed image to its last (tests/test_plan_scale.py counts it):
+    chunks a lane    1 worker    8 workers    64 workers
+          8            1.002       1.014        1.123
+         10            1.002       1.013        1.103
+         12            1.001       1.011        1.094
+         16            1.001       1.009        1.070
+Images of more than the reader's merge gap cost nothing at a border: they are requested one by one.
+
+A round holds at most about twelve chunks of 1 MiB for each lane in encoded bytes, 768 MiB with 64 lanes, unless its
+least eight steps or its largest chunk are more; a worker reads its share. Rounds of 64 MiB for a single worker would need
+chunks of 85 KiB: on ImageNet (256 images a step) even eight steps are 215 MiB, with five times the requests.
 """
 
 import dataclasses
@@ -61,6 +73,11 @@ class Plan:
         """E; the remainder, smaller than a batch, is left out, another one each epoch."""
         return self.num_selected // self.batch
 
+    @property
+    def dropped(self) -> int:
+        """Samples left out of each epoch."""
+        return self.num_selected % self.batch
+
 
 @dataclasses.dataclass(frozen=True)
 class EpochOrder:
@@ -100,10 +117,14 @@ def sizes(*, num_samples: int, num_selected: int, mean_bytes: float, batch: int,
     """
     steps_per_epoch = max(1, num_selected // batch)
     wanted = max(1, round(CHUNK_BYTES / max(1.0, mean_bytes)))
-    steps = min(max(round(CHUNKS_PER_LANE * wanted * lanes / batch), MIN_STEPS), MAX_STEPS, steps_per_epoch)
+    least_rows = -(-num_samples // MAX_CHUNKS)
+    # With 10^9 samples of 3 kB and 256 a step, 64 steps would hold two chunks a lane: 64 workers read 1.6 times too much.
+    longest = max(MAX_STEPS, -(-CHUNKS_PER_LANE * least_rows * num_selected * lanes // (max(1, num_samples) * batch)))
+    steps = min(max(round(CHUNKS_PER_LANE * wanted * lanes / batch), MIN_STEPS), longest, steps_per_epoch)
+    # Quotients of integers are rounded alike on all machines (IEEE 754), so these are too.
     samples = max(1, steps * batch // (CHUNKS_PER_LANE * lanes))
     rows = round(samples * num_samples / max(1, num_selected))
-    return max(1, rows, -(-num_samples // MAX_CHUNKS)), steps
+    return max(1, rows, least_rows), steps
 
 
 def chunk_layout(counts: np.ndarray, rows: int, *, whole: np.ndarray | None = None) -> Chunks:
@@ -130,9 +151,7 @@ def chunks_of_rows(chunks: Chunks, shards: np.ndarray, rows: np.ndarray) -> np.n
     return chunks.of_shard[shards] + ((rows + 1) * pieces - 1) // chunks.counts[shards]
 
 
-def make_plan(
-    *, seed: int, batch: int, lanes: int, steps_per_round: int, chunks: Chunks, selected: np.ndarray
-) -> Plan:
+def make_plan(*, seed: int, batch: int, lanes: int, steps_per_round: int, chunks: Chunks, selected: np.ndarray) -> Plan:
     """Raises UsageError if fewer samples are selected than a batch has."""
     num_selected = int(selected.sum())
     if num_selected < batch:
@@ -147,7 +166,10 @@ def make_plan(
 def lanes_of(worker: int, num_workers: int, lanes: int) -> range:
     """The block of lanes of one worker; blocks differ by at most one lane."""
     if num_workers > lanes:
-        raise UsageError(f"train.workers: got {num_workers}, but there are {lanes} lanes and each worker needs one.")
+        raise UsageError(
+            f"train.workers: got {num_workers}, but there are {lanes} lanes and each worker needs one. Use at most "
+            f"{lanes} workers, or begin a run with more train.lanes."
+        )
     return range(worker * lanes // num_workers, (worker + 1) * lanes // num_workers)
 
 
@@ -198,7 +220,5 @@ def chunk_permutations(seed: int, epoch: int, ids: np.ndarray, counts: np.ndarra
     owner = np.repeat(np.arange(len(ids)), counts)
     index = np.arange(total) - starts[owner]
     chunk = np.asarray(ids, np.uint64)[owner]
-    low, high, _, _ = philox(
-        index, chunk & np.uint64(0xFFFFFFFF), SAMPLE_ORDER, chunk >> np.uint64(32), key=(seed, epoch)
-    )
+    low, high, _, _ = philox(index, chunk & np.uint64(0xFFFFFFFF), SAMPLE_ORDER, chunk >> np.uint64(32), key=(seed, epoch))
     return index[np.lexsort((low, high, owner))]

@@ -9,9 +9,12 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, BinaryIO
 
 from ssl_ray.errors import DataError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 
 def is_local(uri: str) -> bool:
@@ -23,17 +26,27 @@ def absolute(uri: str) -> str:
     return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri.rstrip("/")
 
 
-def open_storage(uri: str) -> tuple[Any, str]:
-    """The fsspec filesystem of `uri` and the path in it. Raises UsageError for an unknown protocol."""
+def open_storage(uri: str) -> "tuple[AbstractFileSystem, str]":
+    """The fsspec filesystem of `uri` and the path in it, without a slash at its end.
+
+    Raises UsageError for an unknown protocol.
+    """
     import fsspec
 
     if not uri:
         raise UsageError("an empty path was given, expected a folder or a URI such as s3://bucket/name.")
+    if is_local(uri):  # not by url_to_fs, to which "::" in a file's name is a chain of protocols
+        return fsspec.filesystem("file"), absolute(uri)
     try:
         filesystem, path = fsspec.core.url_to_fs(absolute(uri))
     except (ValueError, ImportError) as error:
-        raise UsageError(f"{uri}: {error}. Expected a path or a URI such as s3://bucket/name.") from error
+        raise UsageError(f"{uri}: {one_line(error)}. Expected a path or a URI such as s3://bucket/name.") from error
     return filesystem, path
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error, its line breaks taken out; its type where it has none."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def join(uri: str, *names: str) -> str:
@@ -47,18 +60,21 @@ def storage_errors(uri: str, doing: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError(f"{uri}: not there ({doing}). Check the path.") from error
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        reason = error.strerror or str(error)
-        raise DataError(f"{uri}: no permission or not a place for it ({doing}: {reason}). Use another path.") from error
+    except PermissionError as error:
+        reason = error.strerror or one_line(error)
+        raise DataError(f"{uri}: no permission ({doing}: {reason}). Check owner or credentials, or the path.") from error
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        reason = error.strerror or one_line(error)
+        raise DataError(f"{uri}: not a place for it ({doing}: {reason}). Use another path.") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{uri}: no space left ({doing}). Free some and run the same command again.") from error
         if error.errno == errno.EROFS:
             raise DataError(f"{uri}: the file system is read-only ({doing}). Use another path.") from error
-        raise DataError(f"{uri}: {doing} failed: {error}") from error
+        raise DataError(f"{uri}: {doing} failed: {one_line(error)}. Check the storage and the network.") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs"):
-            message = " ".join(str(error).split())
+            message = one_line(error)
             raise DataError(f"{uri}: {doing} failed: {message}. Check credentials, endpoint and network.") from error
         raise
 
@@ -77,26 +93,37 @@ def write_atomic(uri: str, data: bytes) -> None:
         if not is_local(uri):
             filesystem.pipe_file(path, data)
             return
-        folder = os.path.dirname(path)
-        os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f".writing-{uuid.uuid4().hex}")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with _replacing(path) as file:
+            file.write(data)
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[BinaryIO]:
+    """A file that takes the place of the local `path` when it is complete and on the disk."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".writing-{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def exists(uri: str) -> bool:
     filesystem, path = open_storage(uri)
     with storage_errors(uri, "looking"):
         filesystem.invalidate_cache(path)
-        return filesystem.exists(path)
+        try:  # not by exists(), which takes any failure for absence in some filesystems
+            filesystem.info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
 def list_names(uri: str) -> list[str]:
@@ -126,14 +153,7 @@ def upload(local: str, uri: str) -> None:
     filesystem, path = open_storage(uri)
     with storage_errors(uri, "writing"):
         if is_local(uri):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            temporary = os.path.join(os.path.dirname(path), f".writing-{uuid.uuid4().hex}")
-            try:
-                shutil.copyfile(local, temporary)
-                os.replace(temporary, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
+            with open(local, "rb") as source, _replacing(path) as file:
+                shutil.copyfileobj(source, file, 2**20)
         else:
             filesystem.put_file(local, path)

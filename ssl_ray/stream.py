@@ -91,9 +91,7 @@ def prepare(
     bounds = None
     if balanced:
         if manifest.class_counts is None:
-            raise errors.UsageError(
-                f"data.balanced: the samples of {manifest.data_uri} have no labels. Leave data.balanced out."
-            )
+            raise errors.UsageError(f"data.balanced: the samples of {manifest.data_uri} have no labels. Leave data.balanced out.")
         table = pa.concat_tables(shards.iter_index(manifest, ["hash", "label"]))
         labels = table["label"].to_numpy()
         bounds = shards.balanced_thresholds(table["hash"].to_numpy(), labels, len(manifest.class_counts), fraction)
@@ -117,9 +115,7 @@ def prepare(
         of_chunk = plan.chunks_of_rows(chunks, shard[chosen], row[chosen])
         selected += np.bincount(of_chunk, minlength=chunks.num_chunks)
         done += table.num_rows
-    made = plan.make_plan(
-        seed=seed, batch=batch, lanes=lanes, steps_per_round=steps_per_round, chunks=chunks, selected=selected
-    )
+    made = plan.make_plan(seed=seed, batch=batch, lanes=lanes, steps_per_round=steps_per_round, chunks=chunks, selected=selected)
     return TrainingData(manifest, selection, made, spec)
 
 
@@ -163,10 +159,11 @@ class _Round:
     def image(self, k: int, lane: int, j: int) -> np.ndarray | str:
         """uint8 [C, H, W], or why there is none."""
         samples, position = self._sample(k, lane, j)
-        if position in samples.problems:
+        data = samples.images[position]
+        if data is None:
             return samples.problems[position]
         try:
-            return views.decode(samples.images[position], channels=self.data.views.channels)
+            return views.decode(data, channels=self.data.views.channels)
         except views.UndecodableImage as error:
             return str(error)
 
@@ -215,9 +212,7 @@ def local_batches(data: TrainingData, *, lanes: range, first_step: int, stop_ste
     for work in plan.rounds_of(data.plan, first_step, stop_step):
         if order is None or order.epoch != work.epoch:
             order = plan.epoch_order(data.plan, work.epoch)
-        yield from round_batches(
-            data, order, round=work.round, first_k=work.first_k, stop_k=work.stop_k, lanes=lanes
-        )
+        yield from round_batches(data, order, round=work.round, first_k=work.first_k, stop_k=work.stop_k, lanes=lanes)
 
 
 # Through Ray Data ---------------------------------------------------------------------------------------------------
@@ -334,11 +329,12 @@ def draw_preview(uri: str, *, spec: Views, seed: int, num_images: int) -> bytes:
     manifest = shards.load_manifest(shards.located(uri))
     shard, row = np.nonzero(np.arange(num_images) < manifest.counts[:num_images, None])
     samples = shards.read_samples(manifest, shard[:num_images].astype(np.int64), row[:num_images].astype(np.int64))
-    if samples.problems:
-        position, reason = next(iter(samples.problems.items()))
-        raise DataError(f"{uri}: {samples.keys[position]}: {reason}. Run `ssl-ray data check {uri}`.")
-    try:
-        images = [views.decode(data, channels=spec.channels) for data in samples.images]
-    except views.UndecodableImage as error:
-        raise DataError(f"{uri}: {error}. Run `ssl-ray data check {uri}` to find such images.") from error
+    images = []
+    for position, data in enumerate(samples.images):
+        try:
+            if data is None:
+                raise views.UndecodableImage(samples.problems[position])
+            images.append(views.decode(data, channels=spec.channels))
+        except views.UndecodableImage as error:
+            raise DataError(f"{uri}: {samples.keys[position]}: {error}. Run `ssl-ray data check {uri}`.") from error
     return views.preview(images, views.make_views(images, samples.hashes, spec=spec, seed=seed, epoch=0))

@@ -228,9 +228,7 @@ def test_a_wrong_value_is_one_line_with_key_got_and_expected(override, message):
     assert message_of(override) == message
 
 
-@pytest.mark.parametrize(
-    "key", ["optim.lr", "optim.weight_decay", "views.brightness", "loss.variance", "data.fraction"]
-)
+@pytest.mark.parametrize("key", ["optim.lr", "optim.weight_decay", "views.brightness", "loss.variance", "data.fraction"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_numbers_must_be_finite(key, value):
     assert message_of(f"{key}={value}").startswith(f"{key}: got ")

@@ -39,9 +39,7 @@ def features(encode: Callable[[Tensor], Tensor], images: np.ndarray, *, batch: i
     return h
 
 
-def calibrate_batch_norm(
-    module: nn.Module, images: np.ndarray, *, batch: int, encode: Callable[[Tensor], Tensor]
-) -> None:
+def calibrate_batch_norm(module: nn.Module, images: np.ndarray, *, batch: int, encode: Callable[[Tensor], Tensor]) -> None:
     """Set the running statistics of all batch norms in `module` to those of `images`; nothing else changes.
 
     A fresh encoder normalises with mean 0 and variance 1, which fit no layer: as a reference it would be a straw man.
@@ -75,6 +73,4 @@ def calibrate_batch_norm(
 
 def _check_images(images: np.ndarray, *, at_least: int) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) < at_least:
-        raise ValueError(
-            f"images: got {images.dtype} {list(images.shape)}, expected uint8 [n, C, H, W] with n >= {at_least}."
-        )
+        raise ValueError(f"images: got {images.dtype} {list(images.shape)}, expected uint8 [n, C, H, W] with n >= {at_least}.")

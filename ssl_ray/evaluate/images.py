@@ -48,9 +48,7 @@ def _lowest(manifest: Manifest, *, count: int, held_out: float, wanted: bool, la
     return Chosen(manifest, shard[good], row[good], label[good] if labelled else None)
 
 
-def choose(
-    manifest: Manifest, eval_manifest: Manifest | None, *, held_out: float, max_images: int
-) -> tuple[Chosen, Chosen]:
+def choose(manifest: Manifest, eval_manifest: Manifest | None, *, held_out: float, max_images: int) -> tuple[Chosen, Chosen]:
     """Training and held-out samples for the read-outs.
 
     Training: the `max_images` lowest hashes of the (labelled) samples of `manifest` that are not held out, whatever
@@ -86,7 +84,7 @@ def plain_images(chosen: Chosen, *, channels: int, size_px: int) -> Iterator[tup
         samples = shards.read_samples(chosen.manifest, chosen.shards[part], chosen.rows[part])
         images, positions = [], []
         for i, data in enumerate(samples.images):
-            if i in samples.problems:
+            if data is None:
                 continue
             try:
                 images.append(views.decode(data, channels=channels))

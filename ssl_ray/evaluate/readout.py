@@ -32,9 +32,7 @@ class Readout:
     num_test: int
 
 
-def linear_readout(
-    train_h: np.ndarray, train_y: np.ndarray, test_h: np.ndarray, test_y: np.ndarray, *, seed: int = 0
-) -> Readout:
+def linear_readout(train_h: np.ndarray, train_y: np.ndarray, test_h: np.ndarray, test_y: np.ndarray, *, seed: int = 0) -> Readout:
     """Accuracy of multinomial logistic regression on h.
 
     It minimises mean cross-entropy + l2 / 2 * |W|^2 (the bias is free; with two classes there is one weight vector),
@@ -67,9 +65,7 @@ def linear_readout(
     return Readout(accuracy=accuracy, l2=l2, num_train=len(train_y), num_test=len(test_y))
 
 
-def knn_accuracy(
-    train_h: np.ndarray, train_y: np.ndarray, test_h: np.ndarray, test_y: np.ndarray, *, k: int = 20
-) -> float:
+def knn_accuracy(train_h: np.ndarray, train_y: np.ndarray, test_h: np.ndarray, test_y: np.ndarray, *, k: int = 20) -> float:
     """Share of test images whose label has most of the votes of the k training images of largest cosine similarity.
 
     Every neighbour has one vote (no weight by similarity, so no temperature to tune); a tie of votes goes to the
@@ -98,8 +94,7 @@ def _check_sets(train_h: np.ndarray, train_y: np.ndarray, test_h: np.ndarray, te
     for name, h, y in (("train", train_h, train_y), ("test", test_h, test_y)):
         if h.ndim != 2 or y.shape != (len(h),) or len(h) == 0 or h.shape[1] != train_h.shape[1]:
             raise ValueError(
-                f"{name}_h, {name}_y: got {list(h.shape)} and {list(y.shape)}, "
-                f"expected [n, {train_h.shape[-1]}] and [n], n >= 1."
+                f"{name}_h, {name}_y: got {list(h.shape)} and {list(y.shape)}, expected [n, {train_h.shape[-1]}] and [n], n >= 1."
             )
         if not np.isfinite(h).all():
             raise ValueError(f"{name}_h: got NaN or infinity, expected finite features.")

@@ -1,15 +1,17 @@
 """The index of WebDataset shards that are there: one streaming pass over each.
 
-A sample is the members of a tar that share a key: the path up to the first dot of the file name, so that sub-folders are
-part of it. Its image is the first of .jpg, .jpeg, .png, .webp that it has; its label comes from .cls, else from "label" in
-.json, else from .txt if that is one short line. Labels are class numbers, or class names, which are then numbered in
-alphabetical order over the whole data set.
+A sample is the members of a tar that share a key: the path up to the first dot of the file name, so that sub-folders
+are part of it. Its image is the first of .jpg, .jpeg, .png, .webp that it has; its label comes from .cls, else from
+"label" in .json, else from .txt if that is one short line. Labels are class numbers, or class names, which are then
+numbered in alphabetical order over the whole data set.
 """
 
 import dataclasses
+import fnmatch
 import gzip
 import hashlib
 import json
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -38,7 +40,8 @@ LABELS = ("cls", "json", "txt")
 SUFFIXES = (".tar", ".tgz", ".tar.gz")
 MAX_CLASS_NAME = 64
 """Longer text is a caption, not a class."""
-MAX_LABEL = 2**31 - 1
+MAX_LABEL = 999_999
+"""Larger numbers are ids, not classes; the manifest holds a count for each class up to the largest."""
 THREADS = 4
 _TAIL = 2**16
 
@@ -46,16 +49,28 @@ Progress = Callable[[int, int | None], None]
 
 
 class _Hashing:
-    """A stream that hashes what is read from it and keeps its last bytes."""
+    """A stream that hashes what is read from it."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.size, self.tail, self.sha256 = file, 0, b"", hashlib.sha256()
+        self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
         data = self.file.read(size)
         self.sha256.update(data)
         self.size += len(data)
-        self.tail = (self.tail + data)[-_TAIL:]
+        return data
+
+
+class _Tail:
+    """A stream that keeps its last bytes: tarfile reads up to one record (10 KiB) beyond the end of the archive."""
+
+    def __init__(self, file: Any):
+        self.file, self.size, self.last = file, 0, b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.size += len(data)
+        self.last = data if len(data) >= _TAIL else (self.last + data)[-_TAIL:]
         return data
 
 
@@ -70,44 +85,51 @@ class ShardIndex:
     size_bytes: int
 
 
-def shard_names(uri: str) -> list[str]:
-    """Names of the shards directly below `uri`, sorted. Raises DataError if there are none."""
-    names = [name for name in storage.list_names(uri) if name.endswith(SUFFIXES)]
+def shard_names(uri: str, *, pattern: str = "*") -> list[str]:
+    """Names of the shards directly below `uri` that fit `pattern`, sorted. Raises DataError if there are none."""
+    names = [name for name in storage.list_names(uri) if name.endswith(SUFFIXES) and fnmatch.fnmatchcase(name, pattern)]
     if not names:
         raise DataError(f"{uri}: no shards here (*.tar, *.tgz, *.tar.gz). Give the folder that holds them.")
     return names
 
 
-def _split(name: str) -> tuple[str, str]:
-    """'a/b.c.jpg' -> ('a/b', 'c.jpg'), as WebDataset does."""
-    folder, _, file = name.rpartition("/")
-    stem, _, extension = file.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+"""Key and extension, by WebDataset's rule: 'a.b/c.d.jpg' is ('a.b/c', 'd.jpg'). Others, as '.c.jpg', are no samples."""
 
 
-def _members(stream: _Hashing, name: str) -> Iterator[tuple[str, str, int, bytes]]:
-    """(key, extension, offset of the data, data) of each file in a tar that is read from start to end."""
+def _members(stream: _Tail, where: str) -> Iterator[tuple[str, str, int, bytes]]:
+    """(key, extension, offset of the data, data) of each file in a tar that is read from start to end.
+
+    The data of files that are neither image nor label is not read: b"".
+    """
     try:
-        tar = tarfile.open(fileobj=stream, mode="r|")  # type: ignore[call-overload]  # noqa: SIM115
+        tar: Any = tarfile.open(fileobj=stream, mode="r|")  # type: ignore[call-overload]  # noqa: SIM115
         for member in tar:
-            if not member.isfile():
+            fits = _NAME.match(member.name)
+            if fits is None or member.isdir():
                 continue
-            file = tar.extractfile(member)
-            data = file.read() if file is not None else b""
-            if len(data) != member.size:
-                raise DataError(f"{name}: truncated inside {member.name}. Copy the shard again from its source.")
-            key, extension = _split(member.name)
+            key, extension = fits[1], fits[2].lower()
+            wanted = extension in IMAGES or extension in LABELS
+            if wanted and (member.issparse() or not member.isreg()):
+                raise DataError(
+                    f"{where}: {member.name} is a link or a sparse file, which holds no bytes to read. "
+                    "Make the tar again with --hard-dereference and --dereference, without --sparse."
+                )
+            data = tar.extractfile(member).read() if wanted else b""
+            if wanted and len(data) != member.size:
+                raise DataError(f"{where}: truncated inside {member.name}. Copy the shard again from its source.")
             yield key, extension, member.offset_data, data
-            tar.members = []  # type: ignore[attr-defined]  # else they pile up
-        end = tar.offset  # type: ignore[attr-defined]
-        while stream.read(1 << 20):
-            pass
+            tar.members = []  # else they pile up
+        end = tar.offset
+        # tarfile takes a broken header, or none, after the first for the end: only zeros are the end.
+        clean = not stream.last[max(0, len(stream.last) - (stream.size - end)) :].strip(b"\0")
+        while clean and (more := stream.read(2**20)):
+            clean = not more.strip(b"\0")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{name}: truncated or not a tar ({error}). Copy the shard again from its source.") from error
-    # tarfile takes a missing or broken header after the first for the end: only zeros are the end.
-    rest = stream.tail[max(0, len(stream.tail) - (stream.size - end)) :]
-    if stream.size - end < tarfile.BLOCKSIZE or rest.strip(b"\0"):
-        raise DataError(f"{name}: truncated (no end-of-archive mark after {end} bytes). Copy the shard again.")
+        reason = storage.one_line(error)
+        raise DataError(f"{where}: truncated or not a tar ({reason}). Copy the shard again from its source.") from error
+    if stream.size - end < tarfile.BLOCKSIZE or not clean:
+        raise DataError(f"{where}: truncated or damaged: no end-of-archive mark after {end} bytes. Copy it again.")
 
 
 def index_shard(file: BinaryIO, name: str, *, where: str) -> ShardIndex:
@@ -117,7 +139,7 @@ def index_shard(file: BinaryIO, name: str, *, where: str) -> ShardIndex:
     twice with the same extension, or a label that is no label; each names shard and key.
     """
     outer = _Hashing(file)
-    stream = _Hashing(gzip.GzipFile(fileobj=outer, mode="rb")) if is_gzip(name) else outer  # type: ignore[arg-type]
+    stream = _Tail(gzip.GzipFile(fileobj=outer, mode="rb") if is_gzip(name) else outer)  # type: ignore[call-overload]
     columns: dict[str, list[Any]] = {field: [] for field in ("key", "offset", "size", "hash", "crc32")}
     labels: list[int | str | None] = []
     seen: set[str] = set()
@@ -138,9 +160,11 @@ def index_shard(file: BinaryIO, name: str, *, where: str) -> ShardIndex:
             end_sample()
             if own in seen:
                 raise DataError(
-                    f"{where}: key {own} appears again after {key}: interleaved or double samples. Write the members of a "
-                    "sample side by side, each key once (for example with `ssl-ray data pack`)."
+                    f"{where}: key {own} appears again after {key}: interleaved or double samples. "
+                    "Write the members of a sample side by side, each key once, or pack from the images."
                 )
+            if not _is_text(own):
+                raise DataError(f"{where}: the name of {own!r} is not UTF-8. Rename it and make the tar again.")
             seen.add(own)
             key, parts = own, {}
         if extension in parts:
@@ -157,16 +181,25 @@ def index_shard(file: BinaryIO, name: str, *, where: str) -> ShardIndex:
     return ShardIndex(rows, labels, outer.sha256.hexdigest(), outer.size)
 
 
+def _is_text(name: str) -> bool:
+    """False where bytes that are no UTF-8 were taken into a string as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _label(parts: dict[str, tuple[int, bytes]], where: str) -> int | str | None:
     if "cls" in parts:
         text = _text(parts["cls"][1], where)
         if not text or "\n" in text:
-            raise DataError(f"{where}: .cls holds {text[:40]!r}, expected a class number or name.")
+            raise DataError(f"{where}: .cls holds {text[:40]!r}, expected a class number or name. Write it again.")
     elif "json" in parts:
         try:
             value = json.loads(parts["json"][1])
         except ValueError as error:
-            raise DataError(f"{where}: .json is not JSON ({error}).") from error
+            raise DataError(f"{where}: .json is not JSON ({error}). Write the shard again.") from error
         value = value.get("label") if isinstance(value, dict) else None
         if value is None or isinstance(value, bool) or not isinstance(value, int | str):
             return None
@@ -177,20 +210,22 @@ def _label(parts: dict[str, tuple[int, bytes]], where: str) -> int | str | None:
             return None
     else:
         return None
-    try:
-        number = int(text)
-    except ValueError:
+    if not _INTEGER.fullmatch(text):
         return text
-    if not 0 <= number <= MAX_LABEL:
-        raise DataError(f"{where}: label out of range: got {number}, expected 0 to {MAX_LABEL}.")
-    return number
+    if len(text) > 20 or not 0 <= int(text) <= MAX_LABEL:
+        raise DataError(f"{where}: label out of range: got {text[:40]}, expected 0 to {MAX_LABEL}. Number the classes.")
+    return int(text)
+
+
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+"""Not int(), to which the class name 1_000 is a number."""
 
 
 def _text(data: bytes, where: str) -> str:
     try:
         return data.decode().strip()
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: the label is not UTF-8 text.") from error
+        raise DataError(f"{where}: the label is not UTF-8 text. Write it again as UTF-8.") from error
 
 
 # Data sets ----------------------------------------------------------------------------------------------------------
@@ -208,8 +243,11 @@ def index(uri: str, *, output: str | None = None, progress: Progress = lambda do
 
     Raises DataError as index_shard does, and where some labels are numbers and others names.
     """
-    names = shard_names(uri)
-    target = output or uri
+    return index_files(uri, shard_names(uri), output=output or uri, progress=progress)
+
+
+def index_files(uri: str, names: list[str], *, output: str, progress: Progress = lambda done, total: None) -> Manifest:
+    """The same for the shards `names` below `uri`."""
 
     def passes() -> Iterator[tuple[str, ShardIndex]]:
         with ThreadPoolExecutor(THREADS) as pool:
@@ -217,9 +255,14 @@ def index(uri: str, *, output: str | None = None, progress: Progress = lambda do
                 some = names[start : start + 64]
                 yield from zip(some, pool.map(lambda name: _pass_over(uri, name), some), strict=True)
 
-    forget(target)
+    forget(output)
     return write_data_set(
-        target, data_uri=uri, shards=passes(), class_names=None, progress=lambda done: progress(done, len(names))
+        output,
+        data_uri=uri,
+        shards=passes(),
+        class_names=None,
+        shuffled=False,
+        progress=lambda done: progress(done, len(names)),
     )
 
 
@@ -235,35 +278,38 @@ def write_data_set(
     data_uri: str,
     shards: Iterator[tuple[str, ShardIndex]],
     class_names: list[str] | None,
+    shuffled: bool,
     progress: Callable[[int], None],
 ) -> Manifest:
     """Writes index and manifest from the passes over the shards, by name in order, as they come.
 
     class_names: of labels that are numbers; where labels are names, they are numbered in alphabetical order instead.
     """
-    writer, found, has_numbers, image_bytes = IndexWriter(uri), {}, False, 0  # type: ignore[var-annotated]
+    found: dict[str, int] = {}
+    has_numbers, image_bytes = False, 0
     columns: dict[str, list[Any]] = {field.name: [] for field in MANIFEST_SCHEMA}
-    counts = np.zeros(0, np.int64)
-    for number, (name, shard) in enumerate(shards):
-        texts = {label for label in shard.labels if isinstance(label, str)}
-        has_numbers = has_numbers or any(isinstance(label, int) for label in shard.labels)
-        if has_numbers and (texts or found):
-            one = next(iter(texts or found))
-            raise DataError(
-                f"{data_uri}: some labels are numbers, others names ({one!r}, by {name}). Use one kind for all shards."
-            )
-        for text in sorted(texts - found.keys()):
-            found[text] = len(found)
-        labels = [-1 if label is None else found.get(label, label) for label in shard.labels]
-        own = np.bincount([label for label in labels if label >= 0], minlength=len(counts))
-        counts = own + np.pad(counts, (0, len(own) - len(counts)))
-        rows = _set(shard.rows, "label", np.array(labels, np.int32))
-        writer.add(_set(rows, "shard", np.full(rows.num_rows, number, np.int32)))
-        image_bytes += int(rows["size"].to_numpy().sum())
-        for field, value in zip(columns, (name, shard.size_bytes, rows.num_rows, shard.sha256), strict=True):
-            columns[field].append(value)
-        progress(number + 1)
-    writer.close()
+    counts = np.zeros(len(class_names or ()), np.int64)
+    with IndexWriter(uri) as writer:
+        for number, (name, shard) in enumerate(shards):
+            texts = {label for label in shard.labels if isinstance(label, str)}
+            has_numbers = has_numbers or any(isinstance(label, int) for label in shard.labels)
+            if has_numbers and (texts or found):
+                one = next(iter(texts or found))
+                raise DataError(
+                    f"{data_uri}: some labels are numbers, others names ({one!r}, by {name}). Use one kind for all shards."
+                )
+            for text in sorted(texts - found.keys()):
+                found[text] = len(found)
+            numbers = [found[label] if isinstance(label, str) else -1 if label is None else label for label in shard.labels]
+            labels = np.array(numbers, np.int32)
+            own = np.bincount(labels[labels >= 0], minlength=len(counts))
+            counts = own + np.pad(counts, (0, len(own) - len(counts)))
+            rows = _set(shard.rows, "label", labels)
+            writer.add(_set(rows, "shard", np.full(rows.num_rows, number, np.int32)))
+            image_bytes += int(rows["size"].to_numpy().sum())
+            for field, value in zip(columns, (name, shard.size_bytes, rows.num_rows, shard.sha256), strict=True):
+                columns[field].append(value)
+            progress(number + 1)
     if found:
         class_names = sorted(found)
         place = {text: i for i, text in enumerate(class_names)}
@@ -277,6 +323,7 @@ def write_data_set(
         class_names=class_names,
         class_counts=counts.tolist() if counts.sum() else None,
         image_bytes=image_bytes,
+        shuffled=shuffled,
     )
     return load_manifest(uri)
 

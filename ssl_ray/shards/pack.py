@@ -40,7 +40,12 @@ def pack(
         storage.remove(storage.join(uri, name))
     shards = _write_shards(source, uri, seed=seed, shard_bytes=shard_bytes, progress=progress)
     return write_data_set(
-        uri, data_uri=uri, shards=shards, class_names=source.class_names, progress=lambda shards_done: None
+        uri,
+        data_uri=uri,
+        shards=shards,
+        class_names=source.class_names,
+        shuffled=True,
+        progress=lambda shards_done: None,
     )
 
 

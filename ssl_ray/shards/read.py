@@ -1,12 +1,13 @@
 """Samples by shard and row: ranged requests, merged over small gaps, each image verified by its checksum.
 
-A transient failure is tried again and then ends the read; only bytes that are wrong twice, or a shard that is gone or too
-short, make a sample a problem.
+A transient failure is tried again and then ends the read; only bytes that are wrong twice, or a shard that is gone or
+too short, make a sample a problem. A gzip'd shard is read and decompressed whole; the last ones are kept.
 """
 
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import threading
 import time
 import zlib
@@ -14,6 +15,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 
 from ssl_ray import storage
 from ssl_ray.errors import DataError
@@ -22,8 +24,12 @@ from ssl_ray.shards.manifest import Manifest, index_rows, is_gzip
 MERGE_GAP_BYTES = 64 * 2**10
 """Two samples this near are read by one request, with what lies between."""
 REQUEST_BYTES = 8 * 2**20
+"""A request is not longer than this, unless one sample is."""
 THREADS = 4
 ATTEMPTS = 5
+"""For a transient failure, 8.5 s in all, after the retries of the storage's own client."""
+ATTEMPTS_GONE = 3
+"""For a shard that is not there: network file systems may see a file late."""
 _GZIP_CACHE_BYTES = 512 * 2**20
 
 
@@ -38,171 +44,203 @@ class Samples:
     """uint64 [n]."""
     keys: list[str]
     problems: dict[int, str]
-    """Position to reason."""
+    """Position to reason, in order of positions."""
     requests: int
+    """Those answered, repeated ones too."""
     bytes_read: int
+    """In these answers: with gaps, and compressed where a shard is."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Range:
+class _Request:
+    """Samples of one shard that are read together, in the order of their offsets."""
+
     shard: int
-    start: int
-    stop: int
     positions: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    crc32: np.ndarray
 
 
-class _Wrong(Exception):
-    """A permanent fault of a shard: gone, or shorter than its manifest entry."""
+class _Permanent(Exception):
+    """A fault of a shard as a whole that trying again does not mend."""
 
 
-def _shard_uri(manifest: Manifest, shard: int) -> str:
-    return storage.join(manifest.data_uri, manifest.names[shard].as_py())
+MISSING = "the shard is missing"
+SHORT = "the shard is shorter than its index says"
+CHANGED = "its bytes changed since they were indexed (crc32)"
 
 
-def _fetch(uri: str, start: int, stop: int) -> bytes:
-    """Bytes start to stop. Raises _Wrong if they are not there, DataError after several failures."""
-    filesystem, path = storage.open_storage(uri)
-    for attempt in range(ATTEMPTS):
-        try:
-            data = filesystem.cat_file(path, start=start, end=stop)
-        except FileNotFoundError as error:
-            raise _Wrong("the shard is missing") from error
-        except PermissionError as error:
-            raise DataError(f"{uri}: no permission to read it.") from error
-        except Exception as error:
-            if _past_end(error):
-                raise _Wrong("the shard is shorter than its index says") from error
-            if attempt + 1 < ATTEMPTS:
-                time.sleep(0.1 * 4**attempt)
-                continue
-            message = " ".join(str(error).split())
-            raise DataError(f"{uri}: reading failed {ATTEMPTS} times: {type(error).__name__}: {message}") from error
-        if len(data) < stop - start:
-            raise _Wrong("the shard is shorter than its index says")
-        return data
-    raise AssertionError
-
-
-def _past_end(error: Exception) -> bool:
-    return "InvalidRange" in str(error) or "416" in str(error)
-
-
-_gzips: OrderedDict[str, bytes] = OrderedDict()
-_gzips_lock = threading.Lock()
-
-
-def _fetch_gzip(uri: str, size: int) -> bytes:
-    """The decompressed content of a shard; the last ones used are kept."""
-    with _gzips_lock:
-        if uri in _gzips:
-            _gzips.move_to_end(uri)
-            return _gzips[uri]
-    packed = _fetch(uri, 0, size)
-    try:
-        data = gzip.decompress(packed)
-    except (OSError, EOFError, zlib.error) as error:
-        raise _Wrong(f"the shard does not decompress ({error})") from error
-    with _gzips_lock:
-        _gzips[uri] = data
-        while sum(map(len, _gzips.values())) > _GZIP_CACHE_BYTES and len(_gzips) > 1:
-            _gzips.popitem(last=False)
-    return data
-
-
-def merge_ranges(offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """int64 [n]: the number of the request that each of n ranges, sorted by offset, belongs to."""
+def merge_ranges(offsets: np.ndarray, sizes: np.ndarray) -> list[tuple[int, int]]:
+    """Runs [first, stop) of ranges, sorted by offset, that one request each reads."""
+    if not len(offsets):
+        return []
     ends = np.maximum.accumulate(offsets + sizes)
-    new = np.concatenate([[True], offsets[1:] - ends[:-1] > MERGE_GAP_BYTES])
-    group = np.cumsum(new) - 1
-    # Too long ones are cut: by how many whole requests lie before each range within its group.
-    starts = offsets[new][group]
-    part = (offsets + sizes - starts - 1) // REQUEST_BYTES
-    return np.unique(np.stack([group, part]), axis=1, return_inverse=True)[1].reshape(-1)
+    gaps = np.flatnonzero(offsets[1:] - ends[:-1] > MERGE_GAP_BYTES) + 1
+    runs = []
+    for first, last in itertools.pairwise([0, *gaps.tolist(), len(offsets)]):
+        while first < last:
+            fit = int(np.searchsorted(ends, offsets[first] + REQUEST_BYTES, side="right"))
+            stop = min(max(fit, first + 1), last)
+            runs.append((first, stop))
+            first = stop
+    return runs
 
 
 def read_samples(manifest: Manifest, shards: np.ndarray, rows: np.ndarray) -> Samples:
-    """The samples at (shard, row), int64 [n] each; requests run in a few threads.
+    """The samples at (shard, row), int64 [n] each, in any order and number; requests run in a few threads.
 
     Raises DataError if the storage keeps failing or forbids reading.
     """
     count = len(shards)
-    columns = {name: np.zeros(count, kind) for name, kind in _COLUMNS.items()}
-    keys = [""] * count
-    ranges: list[_Range] = []
-    for shard in np.unique(shards):
-        where = np.flatnonzero(shards == shard)
-        table = index_rows(manifest, int(shard)).take(rows[where])
-        for name, column in columns.items():
-            column[where] = table[name].to_numpy()
-        for position, key in zip(where, table["key"].to_pylist(), strict=True):
+    labels, hashes, keys = np.zeros(count, np.int64), np.zeros(count, np.uint64), [""] * count
+    requests: list[_Request] = []
+    order = np.lexsort((rows, shards))
+    for where in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if count else []:
+        shard, own = int(shards[where[0]]), rows[where]
+        table = index_rows(manifest, shard)
+        labels[where], hashes[where] = table["label"].to_numpy()[own], table["hash"].to_numpy()[own]
+        for position, key in zip(where.tolist(), table["key"].take(pa.array(own)).to_pylist(), strict=True):
             keys[position] = key
-        by_offset = where[np.argsort(columns["offset"][where], kind="stable")]
-        groups = merge_ranges(columns["offset"][by_offset], columns["size"][by_offset])
-        for positions in np.split(by_offset, np.flatnonzero(np.diff(groups)) + 1):
-            start = int(columns["offset"][positions[0]])
-            stop = int((columns["offset"][positions] + columns["size"][positions]).max())
-            ranges.append(_Range(int(shard), start, stop, positions))
+        offsets, sizes, crc32 = (table[name].to_numpy()[own] for name in ("offset", "size", "crc32"))
+        whole = is_gzip(manifest.names[shard].as_py())
+        for first, stop in [(0, len(own))] if whole else merge_ranges(offsets, sizes):
+            some = slice(first, stop)
+            requests.append(_Request(shard, where[some], offsets[some], sizes[some], crc32[some]))
     images: list[memoryview | None] = [None] * count
     problems: dict[int, str] = {}
+    answered = bytes_read = 0
     with ThreadPoolExecutor(THREADS) as pool:
-        for each in pool.map(lambda one: _read_range(manifest, one, columns), ranges):
-            for position, image in each.items():
-                if isinstance(image, str):
-                    problems[position] = image
-                else:
-                    images[position] = image
-    size = sum(one.stop - one.start for one in ranges)
-    return Samples(
-        images, columns["label"].astype(np.int64), columns["hash"], keys, problems, len(ranges), bytes_read=size
-    )
+        for found, wrong, answers, size in pool.map(lambda one: _read(manifest, one), requests):
+            for position, image in found:
+                images[position] = image
+            problems |= wrong
+            answered, bytes_read = answered + answers, bytes_read + size
+    return Samples(images, labels, hashes, keys, dict(sorted(problems.items())), answered, bytes_read)
 
 
-_COLUMNS = {"offset": np.int64, "size": np.int64, "label": np.int64, "hash": np.uint64, "crc32": np.uint32}
-
-
-def _read_range(
-    manifest: Manifest, one: _Range, columns: dict[str, np.ndarray]
-) -> dict[int, memoryview | str]:
-    """The image of each position in a range, or what is wrong with it."""
-    uri = _shard_uri(manifest, one.shard)
-    gzipped = is_gzip(uri)
-    found: dict[int, memoryview | str] = {}
-    missing = one.positions
+def _read(manifest: Manifest, request: _Request) -> tuple[list[tuple[int, memoryview]], dict[int, str], int, int]:
+    """(position, image) of the good samples, reasons of the others, answers and bytes of the storage."""
+    uri = storage.join(manifest.data_uri, manifest.names[request.shard].as_py())
+    found: list[tuple[int, memoryview]] = []
+    problems: dict[int, str] = {}
+    answers = size = 0
+    todo = request
     for _ in range(2):  # wrong bytes are read once more: they may have been wrong on the way only
+        problems = {}
         try:
-            if gzipped:
-                data, base = memoryview(_fetch_gzip(uri, int(manifest.sizes[one.shard]))), 0
+            if is_gzip(uri):
+                data, fresh = _fetch_gzip(manifest, uri, int(manifest.sizes[request.shard]))
+                base, length = 0, int(manifest.sizes[request.shard])
             else:
-                data, base = memoryview(_fetch(uri, one.start, one.stop)), one.start
-        except _Wrong as error:
-            if len(one.positions) > 1 and not gzipped:
-                return _read_apart(manifest, one, columns)
-            return {int(position): str(error) for position in one.positions}
-        wrong = []
-        for position in missing:
-            offset, size = int(columns["offset"][position]) - base, int(columns["size"][position])
-            image = data[offset : offset + size]
-            if len(image) == size and zlib.crc32(image) == columns["crc32"][position]:
-                found[int(position)] = image
+                base, fresh = int(todo.offsets[0]), True
+                data = _fetch(uri, base, int((todo.offsets + todo.sizes).max()))
+                length = len(data)
+        except _Permanent as error:
+            return found, dict.fromkeys(todo.positions.tolist(), str(error)), answers, size
+        answers, size = answers + fresh, size + length * fresh
+        view, wrong = memoryview(data), []
+        samples = zip(
+            todo.positions.tolist(),
+            (todo.offsets - base).tolist(),
+            todo.sizes.tolist(),
+            todo.crc32.tolist(),
+            strict=True,
+        )
+        for i, (position, offset, length, crc32) in enumerate(samples):
+            image = view[offset : offset + length]
+            if zlib.crc32(image) == crc32 and len(image) == length:
+                found.append((position, image))
             else:
-                wrong.append(position)
-        missing = np.array(wrong, np.int64)
-        if not len(missing):
-            return found
-        with _gzips_lock:
-            _gzips.pop(uri, None)
-    return found | {int(position): "its bytes changed since they were indexed (crc32)" for position in missing}
+                problems[position] = CHANGED if len(image) == length else SHORT
+                wrong.append(i)
+        if not wrong:
+            break
+        _forget_gzip(manifest, uri)
+        todo = _Request(todo.shard, todo.positions[wrong], todo.offsets[wrong], todo.sizes[wrong], todo.crc32[wrong])
+    return found, problems, answers, size
 
 
-def _read_apart(
-    manifest: Manifest, one: _Range, columns: dict[str, np.ndarray]
-) -> dict[int, memoryview | str]:
-    """Each sample of a range by itself: a shard that was cut short still has those before the cut."""
-    found: dict[int, memoryview | str] = {}
-    for position in one.positions:
-        start, size = int(columns["offset"][position]), int(columns["size"][position])
-        found |= _read_range(manifest, _Range(one.shard, start, start + size, np.array([position])), columns)
-    return found
+def _fetch(uri: str, start: int, stop: int) -> bytes:
+    """Bytes start to stop, fewer only where the file ends before.
+
+    Raises _Permanent if there is no such file, DataError if it may not be read or keeps failing.
+    """
+    filesystem, path = storage.open_storage(uri)
+    for attempt in itertools.count(1):
+        try:
+            data = b""
+            try:
+                data = filesystem.cat_file(path, start=start, end=stop)
+            except Exception as error:
+                if not _past_end(error):
+                    raise
+            if len(data) == stop - start:
+                return data
+            # Cut off on the way, or by the end of the file? Only the second makes a sample bad.
+            filesystem.invalidate_cache(path)
+            end = filesystem.info(path)["size"]
+            if end == start + len(data) or (not data and end <= start):
+                return data
+            failure: Exception = EOFError(f"{len(data)} bytes came, {stop - start} were asked for")
+        except FileNotFoundError as error:
+            if attempt >= ATTEMPTS_GONE:
+                raise _Permanent(MISSING) from error
+            failure = error
+        except PermissionError as error:
+            raise DataError(f"{uri}: no permission to read it. Check owner or credentials.") from error
+        except Exception as error:
+            failure = error
+        if attempt >= ATTEMPTS:
+            reason = f"{type(failure).__name__}: {storage.one_line(failure)}"
+            raise DataError(f"{uri}: reading failed {ATTEMPTS} times ({reason}). Check the storage and the network.") from failure
+        time.sleep(0.1 * 4 ** (attempt - 1))
+    raise AssertionError
+
+
+def _past_end(error: BaseException | None) -> bool:
+    """Whether the storage said that the range begins after the end: HTTP 416, S3 InvalidRange. Never told by a text,
+    which may hold any number (shard-000416.tar)."""
+    while error is not None:
+        if 416 in (getattr(error, name, None) for name in ("status", "code", "status_code")):
+            return True
+        response = getattr(error, "response", None)
+        if isinstance(response, dict) and response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
+            return True
+        error = error.__cause__
+    return False
+
+
+# Shards that are compressed -----------------------------------------------------------------------------------------
+
+_gzips: OrderedDict[tuple[str, str], bytes] = OrderedDict()
+_gzips_lock = threading.Lock()
+
+
+def _fetch_gzip(manifest: Manifest, uri: str, size: int) -> tuple[bytes, bool]:
+    """The decompressed content of a shard of `size` bytes, and whether it was read for this call; the last are kept.
+
+    Raises _Permanent if it is gone or does not decompress, DataError as _fetch does.
+    """
+    name = (manifest.digest, uri)
+    with _gzips_lock:
+        if name in _gzips:
+            _gzips.move_to_end(name)
+            return _gzips[name], False
+    try:
+        data = gzip.decompress(_fetch(uri, 0, size))
+    except (OSError, EOFError, zlib.error) as error:
+        raise _Permanent(f"the shard does not decompress ({storage.one_line(error)})") from error
+    with _gzips_lock:
+        _gzips[name] = data
+        while sum(map(len, _gzips.values())) > _GZIP_CACHE_BYTES and len(_gzips) > 1:
+            _gzips.popitem(last=False)
+    return data, True
+
+
+def _forget_gzip(manifest: Manifest, uri: str) -> None:
+    with _gzips_lock:
+        _gzips.pop((manifest.digest, uri), None)
 
 
 def shard_digest(uri: str) -> tuple[int, str]:

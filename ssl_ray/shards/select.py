@@ -8,7 +8,7 @@ _SALT = b"ssl_ray sample v1\0"
 
 
 def sample_hash(shard: str, key: str) -> int:
-    """The first 8 bytes, little endian, of blake2b-64 over a constant salt, the shard's name, a zero byte and the key."""
+    """blake2b of 8 bytes, little endian, over a constant salt, the shard's name, a zero byte and the key."""
     text = _SALT + shard.encode("utf-8", "surrogateescape") + b"\0" + key.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
@@ -32,10 +32,14 @@ def held_out(hashes: np.ndarray, share: float) -> np.ndarray:
 
 
 def balanced_thresholds(hashes: np.ndarray, labels: np.ndarray, num_classes: int, fraction: float) -> np.ndarray:
-    """uint64 [num_classes]: the bound below which a class's round(fraction * count) lowest hashes lie."""
+    """uint64 [num_classes]: the bound below which a class's round(fraction * count) lowest hashes lie; 0 for none.
+
+    hashes uint64 [n], labels int [n], -1 without one.  Smaller fractions lie inside larger ones.
+    """
+    order = np.lexsort((hashes, labels))
+    first, stop = np.searchsorted(labels[order], [np.arange(num_classes), np.arange(1, num_classes + 1)])
+    kept = np.rint(fraction * (stop - first)).astype(np.int64)
     bounds = np.zeros(num_classes, np.uint64)
-    for label in range(num_classes):
-        own = np.sort(hashes[labels == label])
-        count = round(fraction * len(own))
-        bounds[label] = own[count - 1] + np.uint64(1) if count else 0
+    some = kept > 0
+    bounds[some] = hashes[order[(first + kept - 1)[some]]] + np.uint64(1)
     return bounds

@@ -74,16 +74,12 @@ def _png(pixels: np.ndarray) -> bytes:
     return sink.getvalue()
 
 
-def _of_arrays(
-    name: str, pixels: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None
-) -> Source:
+def _of_arrays(name: str, pixels: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None) -> Source:
     """pixels uint8 [n, H, W] or [n, H, W, 3]; label -1 is none."""
 
     def read(numbers: Sequence[int] | np.ndarray) -> list[Image]:
         own = [-1] * len(pixels) if labels is None else labels
-        return [
-            (f"{name}-{i:08d}", _png(pixels[i]), "png", int(own[i]) if own[i] >= 0 else None) for i in map(int, numbers)
-        ]
+        return [(f"{name}-{i:08d}", _png(pixels[i]), "png", int(own[i]) if own[i] >= 0 else None) for i in map(int, numbers)]
 
     return Source(name, len(pixels), class_names, read)
 
@@ -96,7 +92,18 @@ def _digits() -> Source:
     return _of_arrays("digits", pixels, data.target, [str(digit) for digit in range(10)])
 
 
-FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+FASHION_CLASSES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
 
 
 def _fashion_mnist(root: Path, split: str) -> Source:

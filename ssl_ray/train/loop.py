@@ -241,9 +241,7 @@ def train(
             if agreed.checkpoint and step > saved:
                 save(step)
 
-            lr = learning_rate(
-                step, peak=config.optim.lr, warmup_steps=warmup_steps, total_steps=schedule.total_steps
-            )
+            lr = learning_rate(step, peak=config.optim.lr, warmup_steps=warmup_steps, total_steps=schedule.total_steps)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
             torch.manual_seed(_step_seed(config.seed, step, rank=rank))

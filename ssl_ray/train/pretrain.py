@@ -12,7 +12,7 @@ from typing import Any
 from ssl_ray import plan, shards, storage, stream
 from ssl_ray.config import Config
 from ssl_ray.errors import Stopped
-from ssl_ray.train import loop, runs
+from ssl_ray.train import cluster, loop, runs
 from ssl_ray.train.readouts import evaluate_run
 
 POLL_S = 0.5
@@ -162,12 +162,12 @@ def _evaluate_here(uri: str, checkpoint: str | None) -> "Future[dict[str, Any]]"
 
 
 def _pretrain_on_ray(opened: Opened, asked: list[int], progress: Progress) -> None:
+    progress("stage", {"text": "starting Ray"})
+    cluster.start_ray()
     import ray
 
     from ssl_ray.train import ray_train
 
-    progress("stage", {"text": "starting Ray"})
-    ray_train.start_ray()
     try:
         workers, threads = opened.config.train.workers, opened.config.train.threads
         resources = ray_train.plan_resources(ray.available_resources(), workers=workers, threads=threads)
@@ -180,9 +180,7 @@ def _pretrain_on_ray(opened: Opened, asked: list[int], progress: Progress) -> No
         ray.shutdown()
 
 
-def _drive(
-    opened: Opened, train: Callable[[], loop.Outcome], evaluate: Evaluate, asked: list[int], progress: Progress
-) -> None:
+def _drive(opened: Opened, train: Callable[[], loop.Outcome], evaluate: Evaluate, asked: list[int], progress: Progress) -> None:
     """Trains and reads out; raises what ended the run early."""
     uri = opened.uri
     readouts = _Readouts(uri, evaluate, progress)

@@ -42,9 +42,7 @@ def evaluate_run(uri: str, *, checkpoint: str | None, threads: int = 1) -> dict[
     data = config.data
     manifest = shards.load_manifest(data.uri)
     eval_manifest = None if data.eval_uri is None else shards.load_manifest(data.eval_uri)
-    train, test = choose(
-        manifest, eval_manifest, held_out=data.eval_fraction, max_images=config.evaluate.max_images
-    )
+    train, test = choose(manifest, eval_manifest, held_out=data.eval_fraction, max_images=config.evaluate.max_images)
     network = make_network(config, group=None)
     if checkpoint is not None:
         load_weights(storage.join(uri, "checkpoints", checkpoint), network)

@@ -24,9 +24,7 @@ _BLOCK_BYTES = 2**22
 """Views are made in blocks of about this size, which stay in the cache."""
 
 
-def make_views(
-    images: Sequence[np.ndarray], hashes: np.ndarray, *, spec: Views, seed: int, epoch: int
-) -> np.ndarray:
+def make_views(images: Sequence[np.ndarray], hashes: np.ndarray, *, spec: Views, seed: int, epoch: int) -> np.ndarray:
     """uint8 [B, m, C, size, size]: the views of B images, uint8 [C, H, W] each, with hashes uint64 [B]."""
     heights = np.array([image.shape[1] for image in images])
     widths = np.array([image.shape[2] for image in images])

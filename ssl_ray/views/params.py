@@ -40,15 +40,11 @@ class ViewParams:
     """bool."""
 
 
-def draw(
-    spec: Views, *, seed: int, epoch: int, hashes: np.ndarray, heights: np.ndarray, widths: np.ndarray
-) -> ViewParams:
+def draw(spec: Views, *, seed: int, epoch: int, hashes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> ViewParams:
     """The parameters of `spec.count` views of each of B samples: hashes uint64 [B], source sizes int [B]."""
     u = _uniforms(spec.count, seed=seed, epoch=epoch, hashes=hashes, words=2 * TRIES + 12)
     top, left, height, width = _crops(spec, u[..., : 2 * TRIES + 2], heights, widths)
-    flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma, solarize = np.moveaxis(
-        u[..., 2 * TRIES + 2 :], -1, 0
-    )
+    flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma, solarize = np.moveaxis(u[..., 2 * TRIES + 2 :], -1, 0)
 
     def chance(probability: float | tuple[float, ...], draws: np.ndarray) -> np.ndarray:
         each = probability if isinstance(probability, tuple) else (probability,)

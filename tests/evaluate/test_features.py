@@ -78,9 +78,7 @@ def test_calibration_sets_the_statistics_of_the_activations_themselves():
     with torch.no_grad():
         batches = [torch.from_numpy(part).float() / 255 for part in np.split(images, 3)]
         maps = [conv(part).double() for part in batches]
-        normed = [
-            (a - a.mean((0, 2, 3), keepdim=True)) / (a.var((0, 2, 3), False, keepdim=True) + 1e-5).sqrt() for a in maps
-        ]
+        normed = [(a - a.mean((0, 2, 3), keepdim=True)) / (a.var((0, 2, 3), False, keepdim=True) + 1e-5).sqrt() for a in maps]
         hidden = [net[5](a.relu().flatten(1).float()).double() for a in normed]  # no dropout
     torch.testing.assert_close(first.running_mean.double(), torch.cat(maps).mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
     variance = torch.stack([a.var((0, 2, 3)) for a in maps]).mean(0)

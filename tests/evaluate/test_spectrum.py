@@ -41,9 +41,7 @@ def test_alpha_is_the_weighted_least_squares_fit_of_the_singular_values():
     assert got.r2 == pytest.approx(1 - np.average((y - slope * x - offset) ** 2, weights=1 / rank) / weighted_variance)
 
 
-@pytest.mark.parametrize(
-    ("n", "dims", "within"), [(300, 64, 0.1), (1000, 128, 0.1), (1000, 512, 0.1), (200, 512, 0.25)]
-)
+@pytest.mark.parametrize(("n", "dims", "within"), [(300, 64, 0.1), (1000, 128, 0.1), (1000, 512, 0.1), (200, 512, 0.25)])
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 1.5])
 def test_alpha_of_a_gaussian_sample_is_near_the_true_one(n, dims, within, exponent):
     h = np.random.default_rng(1).normal(size=(n, dims)) * np.arange(1, dims + 1) ** (-exponent / 2)
