@@ -12,11 +12,12 @@ from typing import Any
 import ray
 import ray.data
 import ray.train
+from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ssl_ray import plan, stream
 from ssl_ray.config import Config
-from ssl_ray.errors import ResourceError, TrainingError
+from ssl_ray.errors import ResourceError, SslRayError, TrainingError
 from ssl_ray.train import loop, runs
 from ssl_ray.train.readouts import evaluate_run
 
@@ -66,6 +67,12 @@ class StreamConfig(ray.train.DataConfig):
 
     def configure(self, datasets, world_size, worker_handles=None, worker_node_ids=None, **_):
         attempt = runs.begin_attempt(self.run)
+        if attempt.idle >= IDLE_STARTS:
+            raise TrainingError(
+                f"the workers died {attempt.idle} times at step {attempt.step} without a new checkpoint. "
+                f"{runs.newest_failure(self.run)}\n"
+                "Ray's logs are in /tmp/ssl-ray-*/session_latest/logs on their machines. Lower memory use or checkpoint.every_s."
+            )
         lanes = stream.fetch(self.reference).plan.lanes
         return [
             {
@@ -81,8 +88,27 @@ class StreamConfig(ray.train.DataConfig):
         ]
 
 
+class KeepFailures(ray.train.UserCallback):
+    """Writes down why workers died, for the user and for the error that ends a run whose workers die again and again."""
+
+    def __init__(self, run: str):
+        self.run = run
+
+    def after_exception(self, run_context, worker_exceptions):
+        runs.write_failure(self.run, {rank: str(error) for rank, error in worker_exceptions.items()})
+
+
 def _work(given: dict[str, Any]) -> loop.Outcome:
     """What a Ray Train worker runs. A user's error is returned, since Ray would start the workers again if it were raised."""
+    try:
+        return _work_or_raise(given)
+    except SslRayError as error:
+        # One from the actor that makes the streams is of a class that Ray derived, which only Ray can unpickle.
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return loop.Outcome(runs.read_marker(given["run"]).step, cause)
+
+
+def _work_or_raise(given: dict[str, Any]) -> loop.Outcome:
     import torch
     import torch.distributed as dist
 
@@ -91,26 +117,19 @@ def _work(given: dict[str, Any]) -> loop.Outcome:
     torch.set_num_threads(config.train.threads)
     context = ray.train.get_context()
     group = dist.group.WORLD if context.get_world_size() > 1 else None
+    batches = ray.train.get_dataset_shard("train")  # comes first: this start of the workers is counted when it is made
     attempt, marker = runs.newest_attempt(run), runs.read_marker(run)
-    if attempt.idle >= IDLE_STARTS:
-        error = TrainingError(
-            f"the workers died {attempt.idle} times at step {attempt.step} without a new checkpoint.\n"
-            "Their logs are in /tmp/ssl-ray-*/session_latest/logs on their machine; lower memory use or checkpoint.every_s."
-        )
-        return loop.Outcome(marker.step, error)
     assert marker.step == attempt.step, f"the marker moved from step {attempt.step} to {marker.step} during a start"
-    device = ray.train.torch.get_device()
-    tables = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     return loop.run_worker(
         config,
         given["schedule"],
-        stream.ray_batches(tables),
+        stream.ray_batches(batches.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)),
         run=run,
         attempt=attempt,
         marker=marker,
         group=group,
         rank=context.get_world_rank(),
-        device=device,
+        device=ray.train.torch.get_device(),
     )
 
 
@@ -123,8 +142,8 @@ def evaluate(uri: str, checkpoint: str | None, *, cpus: float) -> "Future[dict[s
 def train(config: Config, data: stream.TrainingData, schedule: loop.Schedule, *, run: str, resources: Resources) -> loop.Outcome:
     """Trains the run at `run` on the cluster that is joined; returns how it ended. Workers that die are started again."""
     reference = ray.put(data)
+    work: Any = _work  # Ray passes on what it returns, which its annotation does not foresee
     with tempfile.TemporaryDirectory(prefix="ssl-ray-train-") as storage_path:
-        work: Any = _work  # Ray passes on what it returns, which its annotation does not foresee
         trainer = TorchTrainer(
             work,
             train_loop_config={"config": config, "run": run, "schedule": schedule},
@@ -136,7 +155,11 @@ def train(config: Config, data: stream.TrainingData, schedule: loop.Schedule, *,
                 use_gpu=resources.gpus,
                 resources_per_worker={"CPU": resources.worker_cpus} | ({"GPU": 1} if resources.gpus else {}),
             ),
-            run_config=ray.train.RunConfig(storage_path=storage_path, failure_config=ray.train.FailureConfig(max_failures=-1)),
+            run_config=ray.train.RunConfig(
+                storage_path=storage_path,
+                failure_config=ray.train.FailureConfig(max_failures=-1),
+                callbacks=[KeepFailures(run)],  # type: ignore[list-item]  # as its documentation says
+            ),
         )
         result: Any = trainer.fit()
         return result.return_value

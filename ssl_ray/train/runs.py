@@ -7,6 +7,7 @@
     RUN/metrics/STEP.jsonl   one object a step, in segments named by their first step
     RUN/evaluations/*.json   untrained.json and one file for each evaluated step
     RUN/quarantine.json      bad samples met so far
+    RUN/failures/*.json      why workers died, a file for each start of theirs that ended so
     RUN/summary.json         written when the run is complete
 
 A checkpoint counts once latest.json names it. Steps after the marker are undone by a resume: their segments go.
@@ -131,6 +132,22 @@ def begin_attempt(uri: str) -> Attempt:
     write_json(at, dataclasses.asdict(attempt))
     _discard_uncommitted(uri, marker)
     return attempt
+
+
+def write_failure(uri: str, reasons: dict[int, str]) -> None:
+    """Keeps why workers died, by rank, in RUN/failures/, named by the start that they belonged to."""
+    attempt = newest_attempt(uri)
+    record = {"attempt": attempt.number, "step": attempt.step, "reasons": reasons}
+    write_json(storage.join(uri, "failures", f"{attempt.number:06d}.json"), record)
+
+
+def newest_failure(uri: str) -> str:
+    """The last line of why a worker died last, or nothing."""
+    names = storage.list_names(storage.join(uri, "failures"))
+    if not names:
+        return ""
+    rank, reason = next(iter(read_json(storage.join(uri, "failures", names[-1]))["reasons"].items()))
+    return f"Worker {rank}: {(reason.strip().splitlines() or ['no reason given'])[-1]}"
 
 
 def newest_attempt(uri: str) -> Attempt:
