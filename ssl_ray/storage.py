@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
@@ -22,19 +23,19 @@ def is_local(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """`uri` with a local path made absolute, so that it means the same in every process."""
+    """`uri` with a local path made absolute, so that it means the same in every process. Raises UsageError if empty."""
+    if not uri:
+        raise UsageError("an empty path was given, expected a folder or a URI such as s3://bucket/name.")
     return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri.rstrip("/")
 
 
 def open_storage(uri: str) -> "tuple[AbstractFileSystem, str]":
     """The fsspec filesystem of `uri` and the path in it, without a slash at its end.
 
-    Raises UsageError for an unknown protocol.
+    Raises UsageError for an empty URI or an unknown protocol.
     """
     import fsspec
 
-    if not uri:
-        raise UsageError("an empty path was given, expected a folder or a URI such as s3://bucket/name.")
     if is_local(uri):  # not by url_to_fs, to which "::" in a file's name is a chain of protocols
         return fsspec.filesystem("file"), absolute(uri)
     try:
@@ -50,7 +51,7 @@ def one_line(error: BaseException) -> str:
 
 
 def join(uri: str, *names: str) -> str:
-    return "/".join([uri.rstrip("/") or "/", *names])
+    return "/".join([uri.rstrip("/"), *names]) or "/"
 
 
 @contextlib.contextmanager
@@ -113,6 +114,15 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def scratch_folder(purpose: str) -> Iterator[str]:
+    """A local folder for a while, where TMPDIR says."""
+    with contextlib.ExitStack() as undo:
+        with storage_errors("TMPDIR", "making a temporary folder"):
+            folder = undo.enter_context(tempfile.TemporaryDirectory(prefix=f"ssl-ray-{purpose}-", ignore_cleanup_errors=True))
+        yield folder
 
 
 def exists(uri: str) -> bool:

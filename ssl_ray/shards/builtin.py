@@ -16,10 +16,12 @@ def located(uri: str) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssl_ray" / "digits-1"
     if not (cache / "manifest.parquet").exists():
         making = cache.with_name(f"digits-1-{uuid.uuid4().hex[:8]}")
-        pack(open_source("digits"), str(making), shard_bytes=2**18)
+        pack(open_source("digits"), str(making), shard_bytes=2**19)
         with storage.storage_errors(str(cache), "packing the digits"):
             try:
                 making.rename(cache)
-            except OSError:  # another process was first
+            except OSError:
                 storage.remove(str(making))
+                if not (cache / "manifest.parquet").exists():  # else another process was first
+                    raise
     return str(cache)

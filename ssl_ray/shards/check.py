@@ -1,42 +1,62 @@
 """Everything read again: shards against the manifest, samples against the index, images decoded; and counts."""
 
 import io
+import itertools
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ssl_ray import storage
-from ssl_ray.errors import DataError
+from ssl_ray.errors import DataError, SslRayError
 from ssl_ray.shards.index import Progress
-from ssl_ray.shards.manifest import Manifest, bad_samples, index_rows, iter_index, load_manifest, write_bad_samples
-from ssl_ray.shards.read import read_samples, shard_digest
+from ssl_ray.shards.manifest import Manifest, bad_samples, iter_index, load_manifest, write_bad_samples
+from ssl_ray.shards.read import forget_kept, read_samples, shard_digest
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""Those that views.decode reads, whatever a file is called."""
 THREADS = 4
 _DECODE_AT_ONCE = 512
 NEIGHBOURS = 200_000
-"""At most so many pairs of neighbours are looked at to judge the order."""
+"""About so many pairs of neighbours are looked at to judge the order."""
+NOT_RANDOM = (
+    "the order is not random: samples of one class follow one another, so that a batch would hold few classes. "
+    "Repack, which shuffles: ssl-ray data pack URI NEW_URI"
+)
 
 
-def check(uri: str, *, progress: Progress = lambda done, total: None) -> dict[str, Any]:
+def open_image(data: memoryview) -> None:
+    """Decodes all pixels; raises what Pillow raises."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        image.convert("RGB")
+
+
+def check(
+    uri: str, *, decode: Callable[[memoryview], object] = open_image, progress: Progress = lambda done, total: None
+) -> dict[str, Any]:
     """Reads and decodes all of the data set at `uri`; writes bad.parquet where samples are bad, removes it where none is.
 
+    decode: raises an error, whose text is the reason, for an image that is bad; what a run uses is views.decode.
     Returns {ok, shards, samples, bad_shards: [{shard, reason}], bad_samples: [{shard, key, reason}], notes: [text]}.
     """
     manifest = load_manifest(uri)
+    forget_kept()
     bad_shards, bad_rows = [], []
-    for shard in range(len(manifest.counts)):
-        reason = _check_shard(manifest, shard)
-        if reason is not None:
-            bad_shards.append({"shard": manifest.names[shard].as_py(), "reason": reason})
-        bad_rows += _check_samples(manifest, shard)
-        progress(shard + 1, len(manifest.counts))
-    if bad_rows:
-        write_bad_samples(uri, bad_rows)
-    else:
-        storage.remove(storage.join(uri, "bad.parquet"))
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(THREADS) as pool:  # Pillow warns of odd files
+        for shard in range(len(manifest.counts)):
+            reason = _shard_problem(manifest, shard)
+            if reason is not None:
+                bad_shards.append({"shard": manifest.names[shard].as_py(), "reason": reason})
+            bad_rows += _bad_rows(manifest, shard, pool, decode)
+            progress(shard + 1, len(manifest.counts))
+    notes = [] if order_is_random(manifest) else [NOT_RANDOM]
+    try:
+        write_bad_samples(manifest.uri, bad_rows)
+    except SslRayError as error:  # what was found must not be lost with the list
+        notes.append(f"bad.parquet is not up to date, so runs will not leave the bad samples out: {error}")
     names = manifest.names
     bad = [{"shard": names[row["shard"]].as_py(), "key": row["key"], "reason": row["reason"]} for row in bad_rows]
     return {
@@ -45,17 +65,11 @@ def check(uri: str, *, progress: Progress = lambda done, total: None) -> dict[st
         "samples": manifest.num_samples,
         "bad_shards": bad_shards,
         "bad_samples": bad,
-        "notes": [] if order_is_random(manifest) else [NOT_RANDOM],
+        "notes": notes,
     }
 
 
-NOT_RANDOM = (
-    "the order is not random: samples of one class follow one another, so that a batch would hold few classes. "
-    "Repack, which shuffles: ssl-ray data pack URI NEW_URI"
-)
-
-
-def _check_shard(manifest: Manifest, shard: int) -> str | None:
+def _shard_problem(manifest: Manifest, shard: int) -> str | None:
     """What is wrong with a shard's file as a whole."""
     try:
         size, sha256 = shard_digest(storage.join(manifest.data_uri, manifest.names[shard].as_py()))
@@ -68,48 +82,51 @@ def _check_shard(manifest: Manifest, shard: int) -> str | None:
     return None
 
 
-def _check_samples(manifest: Manifest, shard: int) -> list[dict[str, Any]]:
+def _bad_rows(
+    manifest: Manifest, shard: int, pool: ThreadPoolExecutor, decode: Callable[[memoryview], object]
+) -> list[dict[str, Any]]:
     """The bad samples of a shard, as rows of BAD_SCHEMA."""
     found = []
-    with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, int(manifest.counts[shard]), _DECODE_AT_ONCE):
-            rows = np.arange(start, min(start + _DECODE_AT_ONCE, int(manifest.counts[shard])))
-            samples = read_samples(manifest, np.full(len(rows), shard), rows)
-            for i, reason in enumerate(pool.map(_decode_problem, samples.images)):
-                reason = samples.problems.get(i, reason)
-                if reason is not None:
-                    found.append({"shard": shard, "row": int(rows[i]), "key": samples.keys[i], "reason": reason})
+    for start in range(0, int(manifest.counts[shard]), _DECODE_AT_ONCE):
+        rows = np.arange(start, min(start + _DECODE_AT_ONCE, int(manifest.counts[shard])))
+        samples = read_samples(manifest, np.full(len(rows), shard), rows)
+        for i, reason in enumerate(pool.map(_decode_problem, samples.images, itertools.repeat(decode))):
+            reason = samples.problems.get(i, reason)
+            if reason is not None:
+                found.append({"shard": shard, "row": int(rows[i]), "key": samples.keys[i], "reason": reason})
     return found
 
 
-def _decode_problem(data: memoryview | None) -> str | None:
-    if data is None:
-        return None
+def _decode_problem(data: memoryview | None, decode: Callable[[memoryview], object]) -> str | None:
+    """Why an image cannot be decoded; None if it can, or is not there."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
+        if data is not None:
+            decode(data)
+    except UnidentifiedImageError:  # its own words hold an address in memory
+        return f"cannot be decoded: no {', '.join(FORMATS)}"
     except Exception as error:  # Pillow raises many kinds for broken files
-        return f"cannot be decoded: {' '.join(str(error).split())}"
+        return f"cannot be decoded: {storage.one_line(error).removeprefix('cannot be decoded: ')}"
     return None
 
 
 def order_is_random(manifest: Manifest) -> bool:
-    """Whether neighbours share a class no more often than class counts predict (by five standard deviations)."""
-    if manifest.class_counts is None or len(manifest.class_counts) < 2:
+    """Whether neighbours differ in class about as often as class counts predict: less 5 %, and five standard deviations.
+
+    Known of shards that we packed, which may be too few samples to judge by.
+    """
+    if manifest.shuffled or manifest.class_counts is None:
         return True
-    same = pairs = 0
+    differ = pairs = 0
     for table in iter_index(manifest, ["shard", "label"]):
         shard, label = table["shard"].to_numpy(), table["label"].to_numpy()
-        inside = shard[1:] == shard[:-1]
-        same += int(np.count_nonzero((label[1:] == label[:-1]) & inside))
-        pairs += int(np.count_nonzero(inside))
+        neighbours = (shard[1:] == shard[:-1]) & (label[1:] >= 0) & (label[:-1] >= 0)
+        differ += int(np.count_nonzero((label[1:] != label[:-1]) & neighbours))
+        pairs += int(np.count_nonzero(neighbours))
         if pairs >= NEIGHBOURS:
             break
-    share = np.array(manifest.class_counts) / max(1, sum(manifest.class_counts))
-    expected = float((share**2).sum())
-    return pairs == 0 or same / pairs <= expected + 5 * np.sqrt(expected * (1 - expected) / pairs) + 0.02
+    share = np.array(manifest.class_counts) / sum(manifest.class_counts)
+    chance = 1 - float((share**2).sum())
+    return differ >= 0.95 * pairs * chance - 5 * np.sqrt(pairs * chance * (1 - chance))
 
 
 def stats(uri: str) -> dict[str, Any]:
@@ -129,15 +146,22 @@ def stats(uri: str) -> dict[str, Any]:
 
 
 def _image_sizes(manifest: Manifest, *, count: int = 200) -> str:
-    """Smallest and largest width x height among the first images of some shards."""
-    shards = np.unique(np.linspace(0, len(manifest.counts) - 1, 10).astype(int))
+    """Smallest and largest width x height, as stored, among the first images of some shards."""
+    shards = np.unique(np.linspace(0, len(manifest.counts) - 1, 10).astype(int)).tolist()
     sizes = []
     for shard in shards:
-        rows = np.arange(min(count // len(shards), index_rows(manifest, int(shard)).num_rows))
-        for data in read_samples(manifest, np.full(len(rows), shard), rows).images:
-            if data is not None and _decode_problem(data) is None:
-                sizes.append(Image.open(io.BytesIO(data)).size)
+        rows = np.arange(min(count // len(shards), manifest.counts[shard]))
+        images = read_samples(manifest, np.full(len(rows), shard), rows).images
+        sizes += [size for data in images if data is not None and (size := _size_px(data))]
     if not sizes:
         return "none could be read"
     low, high = min(sizes, key=lambda size: size[0] * size[1]), max(sizes, key=lambda size: size[0] * size[1])
     return f"{low[0]}x{low[1]}" + ("" if low == high else f" to {high[0]}x{high[1]}") + f" (of {len(sizes)} looked at)"
+
+
+def _size_px(data: memoryview) -> tuple[int, int] | None:
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except Exception:  # as in _decode_problem; `check` tells of it
+        return None

@@ -1,13 +1,12 @@
 """The index of WebDataset shards that are there: one streaming pass over each.
 
 A sample is the members of a tar that share a key: the path up to the first dot of the file name, so that sub-folders
-are part of it. Its image is the first of .jpg, .jpeg, .png, .webp that it has; its label comes from .cls, else from
-"label" in .json, else from .txt if that is one short line. Labels are class numbers, or class names, which are then
-numbered in alphabetical order over the whole data set.
+are part of it. Its image is the first of .jpg, .jpeg, .png, .webp that it has; its label comes from .cls, else (if there
+is .json) from "label" in it, else from .txt if that is one short line. Labels are class numbers, or class names, which are
+then numbered in alphabetical order over the whole data set.
 """
 
 import dataclasses
-import fnmatch
 import gzip
 import hashlib
 import json
@@ -28,6 +27,7 @@ from ssl_ray.shards.manifest import (
     MANIFEST_SCHEMA,
     IndexWriter,
     Manifest,
+    clear,
     is_gzip,
     load_manifest,
     renumber_labels,
@@ -85,9 +85,9 @@ class ShardIndex:
     size_bytes: int
 
 
-def shard_names(uri: str, *, pattern: str = "*") -> list[str]:
-    """Names of the shards directly below `uri` that fit `pattern`, sorted. Raises DataError if there are none."""
-    names = [name for name in storage.list_names(uri) if name.endswith(SUFFIXES) and fnmatch.fnmatchcase(name, pattern)]
+def shard_names(uri: str) -> list[str]:
+    """Names of the shards directly below `uri`, sorted. Raises DataError if there are none."""
+    names = [name for name in storage.list_names(uri) if name.endswith(SUFFIXES)]
     if not names:
         raise DataError(f"{uri}: no shards here (*.tar, *.tgz, *.tar.gz). Give the folder that holds them.")
     return names
@@ -163,7 +163,7 @@ def index_shard(file: BinaryIO, name: str, *, where: str) -> ShardIndex:
                     f"{where}: key {own} appears again after {key}: interleaved or double samples. "
                     "Write the members of a sample side by side, each key once, or pack from the images."
                 )
-            if not _is_text(own):
+            if not is_text(own):
                 raise DataError(f"{where}: the name of {own!r} is not UTF-8. Rename it and make the tar again.")
             seen.add(own)
             key, parts = own, {}
@@ -181,7 +181,7 @@ def index_shard(file: BinaryIO, name: str, *, where: str) -> ShardIndex:
     return ShardIndex(rows, labels, outer.sha256.hexdigest(), outer.size)
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     """False where bytes that are no UTF-8 were taken into a string as lone surrogates."""
     try:
         name.encode()
@@ -243,11 +243,7 @@ def index(uri: str, *, output: str | None = None, progress: Progress = lambda do
 
     Raises DataError as index_shard does, and where some labels are numbers and others names.
     """
-    return index_files(uri, shard_names(uri), output=output or uri, progress=progress)
-
-
-def index_files(uri: str, names: list[str], *, output: str, progress: Progress = lambda done, total: None) -> Manifest:
-    """The same for the shards `names` below `uri`."""
+    names, output = shard_names(uri), output or uri
 
     def passes() -> Iterator[tuple[str, ShardIndex]]:
         with ThreadPoolExecutor(THREADS) as pool:
@@ -255,7 +251,10 @@ def index_files(uri: str, names: list[str], *, output: str, progress: Progress =
                 some = names[start : start + 64]
                 yield from zip(some, pool.map(lambda name: _pass_over(uri, name), some), strict=True)
 
-    forget(output)
+    try:
+        clear(output)
+    except DataError as error:
+        raise DataError(f"{error} Manifest and index may lie elsewhere: -o OTHER_URI.") from error
     return write_data_set(
         output,
         data_uri=uri,
@@ -264,12 +263,6 @@ def index_files(uri: str, names: list[str], *, output: str, progress: Progress =
         shuffled=False,
         progress=lambda done: progress(done, len(names)),
     )
-
-
-def forget(uri: str) -> None:
-    """Removes the manifest first, so that nothing is believed, then index and the list of bad samples."""
-    for name in ("manifest.parquet", "bad.parquet", "index"):
-        storage.remove(storage.join(uri, name))
 
 
 def write_data_set(
@@ -316,12 +309,13 @@ def write_data_set(
         new = np.array([place[text] for text in found], np.int32)
         renumber_labels(uri, new)
         counts = counts[np.argsort(new)]
+    labelled = bool(counts.sum())
     write_manifest(
         uri,
         data_uri=data_uri,
         table=pa.table(columns, schema=MANIFEST_SCHEMA),
-        class_names=class_names,
-        class_counts=counts.tolist() if counts.sum() else None,
+        class_names=class_names if labelled else None,
+        class_counts=counts.tolist() if labelled else None,
         image_bytes=image_bytes,
         shuffled=shuffled,
     )

@@ -9,13 +9,14 @@ A part of the index holds the rows of SHARDS_PER_PART shards; a row group never 
 GROUP_ROWS rows, so that the rows of a shard are one small read. Loading costs no Python work for each shard or sample.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import itertools
 import json
-import tempfile
+import re
 import threading
 from collections.abc import Iterator
 
@@ -173,13 +174,30 @@ def _part_uri(uri: str, part: int) -> str:
     return storage.join(uri, "index", f"part-{part:05d}.parquet")
 
 
+def _part_uris(uri: str) -> list[str]:
+    """The parts of the index that are there; a folder of that name may hold files of others."""
+    names = storage.list_names(storage.join(uri, "index"))
+    return [storage.join(uri, "index", name) for name in names if re.fullmatch(r"part-\d+[.]parquet", name)]
+
+
+def clear(uri: str) -> None:
+    """Removes the manifest first, so that nothing is believed, then the index and the list of bad samples.
+
+    Raises DataError where `uri` cannot be written to, before the work of hours and not after.
+    """
+    probe, manifest, bad = (storage.join(uri, name) for name in (".writing-test", "manifest.parquet", "bad.parquet"))
+    storage.write_atomic(probe, b"")
+    for at in (probe, manifest, bad, *_part_uris(uri)):
+        storage.remove(at)
+
+
 class IndexWriter:
     """Writes the index of a data set, shard by shard in order. A part is made in a local file: it may be large."""
 
     def __init__(self, uri: str):
         self.uri, self.num_shards = uri, 0
-        self._folder = tempfile.TemporaryDirectory(prefix="ssl-ray-index-")
-        self._local = f"{self._folder.name}/part.parquet"
+        self._undo = contextlib.ExitStack()
+        self._local = f"{self._undo.enter_context(storage.scratch_folder('index'))}/part.parquet"
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, rows: pa.Table) -> None:
@@ -200,9 +218,9 @@ class IndexWriter:
             if kind is None and self._writer is not None:
                 self._end_part()
         finally:
-            if self._writer is not None:
-                self._writer.close()
-            self._folder.cleanup()
+            with self._undo, contextlib.suppress(OSError):  # what ended the work is what the user must see
+                if self._writer is not None:
+                    self._writer.close()
 
     def _end_part(self) -> None:
         assert self._writer is not None
@@ -214,10 +232,9 @@ class IndexWriter:
 
 def renumber_labels(uri: str, new: np.ndarray) -> None:
     """Replaces every label i >= 0 of the index at `uri` by new[i], group by group, part by part."""
-    for name in storage.list_names(storage.join(uri, "index")):
-        at = storage.join(uri, "index", name)
+    for at in _part_uris(uri):
         filesystem, path = storage.open_storage(at)
-        with tempfile.TemporaryDirectory(prefix="ssl-ray-index-") as folder:
+        with storage.scratch_folder("index") as folder:
             local = f"{folder}/part.parquet"
             with storage.storage_errors(at, "numbering the classes"), filesystem.open(path, "rb") as stream:
                 file = pq.ParquetFile(stream)
@@ -297,6 +314,10 @@ def iter_index(manifest: Manifest, columns: list[str]) -> Iterator[pa.Table]:
 
 
 def write_bad_samples(uri: str, rows: list[dict]) -> None:
+    """Writes bad.parquet; without any rows there is to be none."""
+    if not rows:
+        storage.remove(storage.join(uri, "bad.parquet"))
+        return
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=BAD_SCHEMA), sink)
     storage.write_atomic(storage.join(uri, "bad.parquet"), sink.getvalue())

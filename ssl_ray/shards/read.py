@@ -238,6 +238,12 @@ def _fetch_gzip(manifest: Manifest, uri: str, size: int) -> tuple[bytes, bool]:
     return data, True
 
 
+def forget_kept() -> None:
+    """Makes the next reads of gzip'd shards ask the storage again."""
+    with _gzips_lock:
+        _gzips.clear()
+
+
 def _forget_gzip(manifest: Manifest, uri: str) -> None:
     with _gzips_lock:
         _gzips.pop((manifest.digest, uri), None)

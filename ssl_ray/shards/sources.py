@@ -1,17 +1,25 @@
 """Where images come from before they are shards. Each source gives (key, encoded image, extension, label) by number."""
 
+import contextlib
 import dataclasses
 import gzip
 import io
+import itertools
+import os
+import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Sequence
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
+from ssl_ray import storage
 from ssl_ray.errors import DataError, UsageError
-from ssl_ray.shards.index import IMAGES, SUFFIXES, index
+from ssl_ray.shards.index import IMAGES, SUFFIXES, index, is_text
+from ssl_ray.shards.manifest import Manifest, is_gzip
 from ssl_ray.shards.read import read_samples
 
 Image = tuple[str, bytes, str, int | None]
@@ -27,6 +35,8 @@ class Source:
     class_names: list[str] | None
     read: Callable[[Sequence[int] | np.ndarray], list[Image]]
     """The images of the given numbers, 0 to count - 1."""
+    place: str | None = None
+    """The folder or URI that is read when `read` is called, which must not be written to."""
 
 
 def open_source(name: str, *, split: str = "train", root: str | None = None, download: bool = False) -> Source:
@@ -50,7 +60,7 @@ def open_source(name: str, *, split: str = "train", root: str | None = None, dow
     if not folder.is_dir():
         known = ", ".join(("digits", "fashion-mnist", *TORCHVISION))
         raise UsageError(f"{name}: no such source. Give one of {known}, or a folder of images or shards.")
-    if any(path.name.endswith(SUFFIXES) for path in folder.iterdir()):
+    if any(entry.endswith(SUFFIXES) for entry in storage.list_names(name)):
         return _shards(name)
     return _image_folder(folder)
 
@@ -126,7 +136,7 @@ def _idx(root: Path, name: str, *, dimensions: int) -> np.ndarray:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
         magic, *shape = struct.unpack_from(f">{1 + dimensions}I", data)
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, zlib.error, struct.error) as error:
         raise DataError(f"{path}: cannot be read ({error}). Fetch the file again.") from error
     header = 4 * (1 + dimensions)
     if magic != 0x800 + dimensions or len(data) != header + int(np.prod(shape)):
@@ -151,8 +161,8 @@ def _torchvision(name: str, root: Path, split: str, download: bool) -> Source:
 
 
 def _image_folder(root: Path) -> Source:
-    """Every image below `root`; its first-level sub-folder is its class; with images beside those, none has a class."""
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower().removeprefix(".") in IMAGES and path.is_file())
+    """Every image below `root`; its first-level sub-folder is its class, or none has a class where there are no folders."""
+    paths = sorted(_image_paths(root))
     if not paths:
         raise DataError(f"{root}: no image below it (.jpg .jpeg .png .webp).")
     relative = [path.relative_to(root) for path in paths]
@@ -164,9 +174,8 @@ def _image_folder(root: Path) -> Source:
     class_names = sorted(inside)
     number = {name: i for i, name in enumerate(class_names)}
 
-    def key(path: Path) -> str:
-        # A dot ends the key in WebDataset; the extension stays in the key, so that a.png and a.jpg are two samples.
-        return "/".join((*path.parent.parts, path.name.replace(".", "_")))
+    # A dot ends the key in WebDataset; the extension stays in the key, so that a.png and a.jpg are two samples.
+    keys = _distinct("/".join((*path.parent.parts, path.name.replace(".", "_"))) for path in relative)
 
     def read(numbers: Sequence[int] | np.ndarray) -> list[Image]:
         found: list[Image] = []
@@ -174,18 +183,51 @@ def _image_folder(root: Path) -> Source:
             try:
                 data = paths[i].read_bytes()
             except OSError as error:
-                raise DataError(f"{paths[i]}: cannot be read ({error.strerror}).") from error
+                raise DataError(f"{paths[i]}: cannot be read ({error.strerror}). Mend or remove it, and pack again.") from error
             label = number[relative[i].parts[0]] if labelled else None
-            found.append((key(relative[i]), data, paths[i].suffix.lower()[1:], label))
+            found.append((keys[i], data, paths[i].suffix.lower()[1:], label))
         return found
 
-    return Source(str(root), len(paths), class_names if labelled else None, read)
+    return Source(str(root), len(paths), class_names if labelled else None, read, place=str(root))
+
+
+def _image_paths(root: Path) -> Iterator[Path]:
+    """The images below `root`, through linked folders too; hidden files and folders are left out."""
+    seen: set[str] = set()
+    with storage.storage_errors(str(root), "listing"):
+        for at, folders, names in os.walk(root, followlinks=True, onerror=_raise):
+            seen.add(os.path.realpath(at))  # a link to a folder above would lead round for ever
+            folders[:] = [name for name in folders if name[0] != "." and os.path.realpath(f"{at}/{name}") not in seen]
+            for name in names:
+                if name[0] == "." or Path(name).suffix.lower().removeprefix(".") not in IMAGES:
+                    continue
+                if not is_text(f"{at}/{name}"):
+                    raise DataError(f"{at!r}: the name of {name!r} is not UTF-8. Rename it.")
+                yield Path(at) / name
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _distinct(keys: Iterable[str]) -> list[str]:
+    """The keys, with -2, -3, ... behind those that were there before: of a.b.png and a_b.png."""
+    found: dict[str, None] = {}
+    for key in keys:
+        names = itertools.chain([key], (f"{key}-{n}" for n in itertools.count(2)))
+        found[next(name for name in names if name not in found)] = None
+    return list(found)
 
 
 def _shards(uri: str) -> Source:
     """The samples of WebDataset shards that are there. Their keys get the shard's name before them, to be unique."""
-    folder = tempfile.TemporaryDirectory(prefix="ssl-ray-index-")  # lives as long as `read`
-    manifest = index(uri, output=folder.name)
+    with contextlib.ExitStack() as undo:
+        folder = undo.enter_context(storage.scratch_folder("index"))
+        manifest = index(uri, output=folder)
+        stems = [name.replace(".", "_") for name in manifest.names.to_pylist()]
+        if any(is_gzip(name) for name in manifest.names.to_pylist()):
+            manifest = _unpacked(manifest, folder)
+        remove_folder = undo.pop_all().close
     first = np.concatenate([[0], np.cumsum(manifest.counts)])
 
     def read(numbers: Sequence[int] | np.ndarray) -> list[Image]:
@@ -195,13 +237,30 @@ def _shards(uri: str) -> Source:
         found: list[Image] = []
         for i, image in enumerate(samples.images):
             if image is None:
-                raise DataError(f"{folder.name and uri}: {samples.keys[i]}: {samples.problems[i]}. Copy the shard again.")
-            stem = manifest.names[int(shard[i])].as_py().partition(".")[0]
+                raise DataError(f"{uri}: {samples.keys[i]}: {samples.problems[i]}. Copy the shard again.")
             label = int(samples.labels[i])
-            found.append((f"{stem}/{samples.keys[i]}", bytes(image), _extension(image), None if label < 0 else label))
+            found.append((f"{stems[shard[i]]}/{samples.keys[i]}", bytes(image), _extension(image), None if label < 0 else label))
         return found
 
-    return Source(uri, manifest.num_samples, list(manifest.class_names or []) or None, read)
+    weakref.finalize(read, remove_folder)
+    return Source(uri, manifest.num_samples, list(manifest.class_names or []) or None, read, place=uri)
+
+
+def _unpacked(manifest: Manifest, folder: str) -> Manifest:
+    """The same shards as plain tars in `folder`: in a random order, samples cannot be had from gzip'd ones."""
+    names = []
+    for number, name in enumerate(manifest.names.to_pylist()):
+        at = storage.join(manifest.data_uri, name)
+        filesystem, path = storage.open_storage(at)
+        names.append(f"{number}.tar")
+        with (
+            storage.storage_errors(f"{folder}/{number}.tar", f"unpacking {at}; TMPDIR chooses the place"),
+            filesystem.open(path, "rb", block_size=2**22) as packed,
+            gzip.GzipFile(fileobj=packed) if is_gzip(name) else packed as plain,
+            open(f"{folder}/{number}.tar", "wb") as file,
+        ):
+            shutil.copyfileobj(plain, file, 2**20)
+    return dataclasses.replace(manifest, data_uri=folder, names=pa.array(names))
 
 
 def _extension(image: memoryview) -> str:
