@@ -1,23 +1,26 @@
 """The command line: verbs that parse, call and print, and turn an error into an exit code. No logic lives here."""
 
 import argparse
+import difflib
 import json
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ssl_ray import __version__, config, console, storage
 from ssl_ray.config import Config
-from ssl_ray.errors import DataError, SslRayError, UsageError
+from ssl_ray.errors import DataError, SslRayError, Stopped, UsageError
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0 ok, 2 usage, 3 data or storage, 4 resources, 1 other, 130 stopped."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         with console.stdout_for_the_result():
             value, show = options.verb(options)
@@ -31,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        console.error("stopped.")
+        return Stopped.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -49,13 +53,19 @@ def _read_recipe(name: str) -> dict[str, Any]:
     if "://" in name or path.is_dir():
         from ssl_ray.train.runs import load_run
 
-        return load_run(name)["config"]
-    if not path.is_file():
-        raise UsageError(f"{name}: no such recipe or file. Recipes: {', '.join(recipe_names())}.")
+        return load_run(name)["config"] | {"run": name}
+    if not path.exists():
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Recipes: {', '.join(recipe_names())}."
+        raise UsageError(f"{name}: no such recipe, file or run. {hint}")
     try:
         values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
+        raise UsageError(f"{path}: not YAML ({storage.one_line(error)}).") from error
+    if values is None:  # nothing but comments
+        return {}
     if not isinstance(values, dict):
         raise UsageError(f"{path}: got {type(values).__name__}, expected keys and values, as in views: {{count: 8}}.")
     return values
@@ -93,7 +103,7 @@ def _plan(options: argparse.Namespace) -> Result:
     from ssl_ray.train.forecast import forecast
 
     made = read_config(options.config, options.overrides)
-    return forecast(made, probe_steps=0 if options.no_probe else 3), console.record
+    return forecast(made, probe_steps=0 if options.no_probe else 3), console.plan
 
 
 def _config_show(options: argparse.Namespace) -> Result:
@@ -107,13 +117,13 @@ def _config_schema(options: argparse.Namespace) -> Result:
 
 def _config_diff(options: argparse.Namespace) -> Result:
     a, b = (config.flatten(config.to_dict(read_config(name, []))) for name in (options.a, options.b))
-    return [{"key": key, options.a: a[key], options.b: b[key]} for key in a if a[key] != b[key]], console.rows
+    return [{"key": key, options.a: a[key], options.b: b[key]} for key in a if a[key] != b[key]], console.rows_or("no difference")
 
 
 def _runs_list(options: argparse.Namespace) -> Result:
     from ssl_ray.train.runs import list_runs
 
-    return list_runs(options.uri), console.rows
+    return list_runs(options.uri), console.rows_or(f"no runs below {options.uri}")
 
 
 def _data_pack(options: argparse.Namespace) -> Result:
@@ -171,19 +181,83 @@ def _data_preview(options: argparse.Namespace) -> Result:
 
 # The parser ---------------------------------------------------------------------------------------------------------
 
-_KEYS = "KEY=VALUE ... set any key of the configuration, e.g. views.count=8 (`ssl-ray config schema` lists them)"
+_MOST_USED = {
+    "run": "URI",
+    "data.uri": "URI",
+    "data.fraction": "0.1",
+    "views.count": "8",
+    "model.encoder": "resnet18",
+    "model.projector_dim": "64",
+    "loss.name": "vicreg",
+    "loss.beta": "0.02",
+    "optim.lr": "0.002",
+    "train.batch": "256",
+    "train.epochs": "100",
+    "train.workers": "4",
+    "seed": "1",
+}
+"""Keys that the help of a verb names, with a value each."""
+
+
+def _keys_help() -> str:
+    helps = {row["key"]: row["help"] for row in config.describe()}
+    shown = [(f"{key}={value}", helps[key] or "") for key, value in _MOST_USED.items()]
+    width = max(len(key) for key, _ in shown)
+    lines = [f"  {key:<{width}}  {textwrap.shorten(help, 88, placeholder=' ...')}".rstrip() for key, help in shown]
+    return "\n".join(["most used keys (all of them: ssl-ray config schema):", *lines])
+
+
+_EXAMPLES = """examples:
+  ssl-ray pretrain                                        the built-in digits, about two minutes on two CPU cores
+  ssl-ray pretrain -c fashion-mnist views.count=8 seed=1  a recipe, with two keys changed
+  ssl-ray pretrain data.uri=shards/mine run=runs/mine     shards made by `ssl-ray data pack`; the same line continues the run
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Without its verb it shows the help; the text that `explain` makes stands below it."""
+
+    def format_help(self) -> str:
+        self.epilog = self._defaults["explain"]() if "explain" in self._defaults else self.epilog
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("required: VERB"):
+            self.print_help(sys.stderr)
+            self.exit(UsageError.exit_code)
+        given, _, known = message.removeprefix("argument VERB: invalid choice: ").partition(" (choose from ")
+        near = difflib.get_close_matches(given.strip("'"), re.findall(r"[\w-]+", known), n=1)
+        if near:
+            message = f"no verb {given}, did you mean {near[0]}?"
+        self.exit(UsageError.exit_code, f"{self.prog}: {message}\nRun `{self.prog} --help` for what there is.\n")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of a verb. Keys may stand before, between and after them, which argparse does not take on its own."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if hasattr(options, "overrides"):
+        keys = [text for text in rest if not text.startswith("-") or (text.startswith("--") and "=" in text)]
+        options.overrides = options.overrides + keys
+        rest = [text for text in rest if text not in keys]
+    if rest:
+        parser.error(f"not understood: {' '.join(rest)}")
+    return options
 
 
 def _add(verbs: Any, name: str, verb: Any, help: str) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=help, description=help)
+    parser = verbs.add_parser(name, help=help, description=help, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(verb=verb)
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
     return parser
 
 
-def _takes_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--config", metavar="RECIPE", help="a recipe's name, a YAML file or a run")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_KEYS)
+def _takes_config(parser: argparse.ArgumentParser, *, examples: str = "") -> None:
+    recipe = f"a recipe ({', '.join(recipe_names())}), a YAML file or a run; default: digits, without data.uri="
+    parser.add_argument("-c", "--config", metavar="RECIPE", help=recipe)
+    keys = "set any key of the configuration, e.g. views.count=8; see below"
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=keys)
+    parser.set_defaults(explain=lambda: f"{_keys_help()}\n\n{examples}".rstrip())
 
 
 def _group(verbs: Any, name: str, help: str) -> Any:
@@ -191,7 +265,7 @@ def _group(verbs: Any, name: str, help: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ssl-ray",
         description="Self-supervised vision pretraining with many views and small projectors, on Ray.",
         epilog="Exit codes: 0 ok, 1 other (NaN, collapse), 2 usage, 3 data or storage, 4 resources, 130 stopped.",
@@ -199,8 +273,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ssl-ray {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     pretrain = _add(verbs, "pretrain", _pretrain, "Train an encoder, from wherever the run stands, and read it out.")
-    pretrain.add_argument("--resume", choices=("auto", "never"), default="auto", help="auto continues the run that is there")
-    _takes_config(pretrain)
+    pretrain.add_argument(
+        "--resume", choices=("auto", "never"), default="auto", help="auto continues the run that is there; never refuses to"
+    )
+    _takes_config(pretrain, examples=_EXAMPLES)
     evaluate = _add(verbs, "evaluate", _evaluate, "Read out a checkpoint of a run: linear, kNN, alpha, RankMe.")
     evaluate.add_argument("run", help="folder or URI of the run")
     evaluate.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest")

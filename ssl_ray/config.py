@@ -7,7 +7,9 @@ Imports neither torch nor Ray.
 
 import dataclasses
 import difflib
+import functools
 import hashlib
+import itertools
 import json
 import math
 from typing import Any, Literal
@@ -73,9 +75,11 @@ class Views:
     jitter: float | tuple[float, ...] = 0.8
     """Probability of the four colour changes below."""
     brightness: float = 0.4
-    """Factor from max(0, 1 - x) to 1 + x; likewise contrast and saturation."""
+    """Brightness times a factor from max(0, 1 - x) to 1 + x."""
     contrast: float = 0.4
+    """Likewise contrast."""
     saturation: float = 0.4
+    """Likewise saturation."""
     hue: float = 0.1
     """Rotation of hue from -x to x of a full turn, 0 to 0.5."""
     grayscale: float | tuple[float, ...] = 0.2
@@ -125,6 +129,7 @@ class Model:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
     name: Literal["barlow_twins", "vicreg", "spectral"] = "barlow_twins"
+    """Each for any number of views: Barlow Twins, VICReg, spectral contrastive."""
     form: Literal["mean", "pairs", "classic"] = "mean"
     """Barlow Twins only. mean: of the mean embedding; pairs: the unbiased mean over pairs of views; classic: two views."""
     beta: float | Literal["auto"] = "auto"
@@ -146,9 +151,11 @@ class Loss:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
+    """sgd and lars with momentum 0.9."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-6
+    """Part of the gradient with adam, sgd and lars; adamw takes it off the weights instead."""
     warmup_epochs: float = 0.5
     """Epochs over which the learning rate rises to its peak; then it falls to 0 along a cosine."""
 
@@ -163,6 +170,7 @@ class Train:
     batch: int = 128
     """G: images in a global batch, whatever the number of workers."""
     epochs: int = 10
+    """Passes over the selected samples."""
     steps: int | None = None
     """Stop after so many steps; null: after `epochs`. The learning rate's schedule ends there too."""
     lanes: int | None = None
@@ -269,7 +277,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'loss': {'beta': 1}} -> {'loss.beta': 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -286,20 +294,28 @@ def canonical_hash(values: dict[str, Any]) -> str:
 
 def describe() -> list[dict[str, Any]]:
     """For each key: its type, default, whether it belongs to the identity, and the sentence under it in this file."""
+    rows = []
+    for key, default in _default_keys().items():
+        section, _, name = key.rpartition(".")
+        holder: type = type(getattr(Config(), section)) if section else Config
+        kind, sentence = _fields(holder)[name]
+        rows.append({"key": key, "type": kind, "default": default, "identity": key not in EXECUTION, "help": sentence})
+    return rows
+
+
+@functools.cache
+def _fields(holder: type) -> dict[str, tuple[str, str | None]]:
+    """The annotation of each field of a dataclass here and the sentence under it, as they are written."""
     import ast
     import inspect
 
-    defaults, rows = _default_keys(), []
-    for key in defaults:
-        section, _, name = key.rpartition(".")
-        holder = type(getattr(Config(), section)) if section else Config
-        body = ast.parse(inspect.getsource(holder)).body[0].body  # type: ignore[attr-defined]
-        at = next(i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name)
-        after = body[at + 1].value if at + 1 < len(body) and isinstance(body[at + 1], ast.Expr) else None
-        sentence = ast.literal_eval(after) if isinstance(after, ast.Constant) else None
-        kind, fixed = ast.unparse(body[at].annotation), key not in EXECUTION
-        rows.append({"key": key, "type": kind, "default": defaults[key], "identity": fixed, "help": sentence})
-    return rows
+    body = ast.parse(inspect.getsource(holder)).body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for node, after in itertools.zip_longest(body, body[1:]):
+        if isinstance(node, ast.AnnAssign):
+            is_sentence = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            found[ast.unparse(node.target)] = (ast.unparse(node.annotation), after.value.value if is_sentence else None)
+    return found
 
 
 def _default_keys() -> dict[str, Any]:

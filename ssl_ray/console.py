@@ -161,11 +161,12 @@ def record(values: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {_short(value)}")
 
 
-def rows(values: list[dict[str, Any]]) -> None:
-    """A table with a line for each of `values`, which have the same keys."""
-    if not values:
-        print("none")
-        return
+def rows_or(nothing: str) -> Callable[[list[dict[str, Any]]], None]:
+    """Shows a table with a line for each of the values, which have the same keys; `nothing` where there are none."""
+    return lambda values: _table(values) if values else print(nothing)
+
+
+def _table(values: list[dict[str, Any]]) -> None:
     names = list(values[0])
     cells = [names, *([_short(row[name]) for name in names] for row in values)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
@@ -174,14 +175,43 @@ def rows(values: list[dict[str, Any]]) -> None:
 
 
 def yaml_text(values: dict[str, Any]) -> None:
+    """A nested dictionary as YAML, one line a key."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            print(f"{key}:")
+            for name, inner in value.items():
+                print(f"  {name}: {_yaml(inner)}")
+        else:
+            print(f"{key}: {_yaml(value)}")
+
+
+def _yaml(value: Any) -> str:
     import yaml
 
-    print(yaml.safe_dump(values, sort_keys=False), end="")
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def schema(values: list[dict[str, Any]]) -> None:
+    """Each key with its default, type and meaning; those that may change when a run is continued are marked."""
+    section = ""
     for row in values:
-        print(f"{row['key']}: {row['type']} = {row['default']}" + (f"\n    {row['help']}" if row["help"] else ""))
+        if section != (section := row["key"].rpartition(".")[0]):
+            print()
+        free = "" if row["identity"] else "  (may change when a run is continued)"
+        print(f"{row['key']}={_yaml(row['default'])}  [{_kind(row['type'])}]{free}")
+        if row["help"]:
+            print(f"    {row['help']}")
+
+
+def _kind(annotation: str) -> str:
+    """A type as a reader of YAML names it: `float | tuple[float, ...]` is `float or [float, ...]`."""
+    text = annotation.replace("tuple[", "[").replace("None", "null")
+    while "Literal[" in text:
+        before, _, rest = text.partition("Literal[")
+        choices, _, after = rest.partition("]")
+        text = before + choices.replace("'", "").replace(", ", " or ") + after
+    return text.replace(" | ", " or ")
 
 
 def evaluation(values: dict[str, Any]) -> None:
@@ -195,18 +225,62 @@ def check(report: dict[str, Any]) -> None:
         print(f"bad sample  {bad['shard']} {bad['key']}: {bad['reason']}")
     for note in report["notes"]:
         print(note)
-    print(f"{report['shards']} shards, {report['samples']} samples: " + ("all good" if report["ok"] else "see above"))
+    counts = f"{report['shards']} shards, {report['samples']} samples"
+    if report["ok"]:
+        print(f"{counts}: all good")
+        return
+    print(f"{counts}: {len(report['bad_shards'])} bad shards, {len(report['bad_samples'])} bad samples, as named above.")
+    if report["bad_samples"]:
+        print("Runs that begin from now on leave the bad samples out; check again after a repair.")
+
+
+_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def _size(count: int) -> str:
+    return next((f"{count / unit:.1f} {name}" for unit, name in _UNITS if count >= unit), f"{count} bytes")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def plan(values: dict[str, Any]) -> None:
+    """What a run would take: counts as they are, bytes and seconds in units that are easy to read."""
+    shown = {}
+    for name, value in values.items():
+        if name.endswith("_bytes"):
+            shown[name.removesuffix("_bytes")] = _size(value)
+        elif name.endswith("_s"):
+            shown[name.removesuffix("_s")] = _duration(value) if value >= 1 else f"{1000 * value:.0f} ms"
+        else:
+            shown[name] = f"{value:,}"
+    record({name.replace("_", " "): value for name, value in shown.items()})
 
 
 def summary(values: dict[str, Any]) -> None:
-    """The end of a run: what it gained, and where its results are."""
-    record({key: value for key, value in values.items() if key not in ("run", "hash")})
-    for name, key in (("linear", "linear_accuracy"), ("kNN", "knn_accuracy")):
-        trained, untrained = values[key], values[f"{key}_untrained"]
-        if trained is not None:
-            print(
-                f"\n{name} read-out from {values['num_train']} labelled images: {trained:.1%} of {values['num_test']} "
-                f"held-out images right, {untrained:.1%} before training ({100 * (trained - untrained):+.1f} points)",
-                end="",
-            )
-    print(f"\n\nResults: {values['run']} (summary.json, metrics/, evaluations/, checkpoints/)")
+    """The end of a run: what it took, what it gained, and where its results are."""
+    print(
+        f"{values['steps']:,} steps, {values['images']:,} images, {values['views']:,} views in {_duration(values['seconds'])}: "
+        f"{values['images_per_s']:,.0f} images/s, {values['data_wait_share']:.0%} of the time waiting for data"
+    )
+    print(", ".join(f"{name} {_short(values[key])}" for name, key in _END))
+    if values["linear_accuracy"] is not None:
+        print(f"\nread-outs from {values['num_train']:,} labelled images, judged on {values['num_test']:,} held-out ones:")
+        print(f"{'':8}{'untrained':>10}{'trained':>10}{'gain':>14}")
+        for name, key in _READOUTS[:2]:
+            before, after = values[f"{key}_untrained"], values[key]
+            print(f"{name:8}{before:>10.1%}{after:>10.1%}{100 * (after - before):>+7.1f} points")
+    print(f"\nResults: {values['run']} (summary.json, metrics/, evaluations/, checkpoints/)")
+
+
+_END = (
+    ("loss", "loss"),
+    ("alpha", "alpha"),
+    ("RankMe", "rankme"),
+    ("bad samples", "bad_samples"),
+    ("dropped samples", "dropped_samples"),
+    ("restarts", "restarts"),
+)

@@ -1,5 +1,7 @@
 """What a run would take, before it is started: counted from its plan, its time from a few steps in this process."""
 
+import os
+import resource
 import time
 from typing import Any
 
@@ -12,61 +14,82 @@ from ssl_ray.train.loop import compute_loss, make_network
 from ssl_ray.train.optim import build_optimizer
 from ssl_ray.train.pretrain import located, open_data, plan_schedule
 
+_COPIES = {"adam": 3, "adamw": 3, "sgd": 2, "lars": 2}
+"""Numbers that a checkpoint holds for each weight: itself and the optimiser's moments."""
+
 
 def forecast(config: Config, *, probe_steps: int) -> dict[str, Any]:
-    """Steps, samples, bytes and memory of a run of `config`; with probe_steps > 0 also its time on one core's worker."""
+    """Steps, samples, bytes and memory of a run of `config`; with probe_steps > 0 also its time on this machine.
+
+    Names say the unit: `_bytes`, `_s`; the rest are counts.
+    """
     data, _ = open_data(located(config))
     made, spec = data.plan, config.views
     schedule = plan_schedule(config, made.steps_per_epoch)
     mean_bytes = data.manifest.mean_bytes
-    step_bytes = made.batch * spec.count * spec.channels * spec.size_px**2
-    workers = max(1, config.train.workers)
+    # The busiest worker has the most lanes; the others wait for it at every step.
+    lanes = max(
+        len(plan.lanes_of(rank, max(1, config.train.workers), made.lanes)) for rank in range(max(1, config.train.workers))
+    )
+    busiest = lanes * made.batch // made.lanes
     network = make_network(config, group=None)
     weights = sum(p.numel() for p in network.parameters())
     result: dict[str, Any] = {
         "samples": made.num_selected,
+        "dropped_per_epoch": made.num_selected % made.batch,
         "steps": schedule.total_steps,
         "steps_per_epoch": made.steps_per_epoch,
-        "dropped_per_epoch": made.num_selected % made.batch,
+        "steps_per_round": made.steps_per_round,
         "images": schedule.total_steps * made.batch,
         "views": schedule.total_steps * made.batch * spec.count,
-        "steps_per_round": made.steps_per_round,
-        "read_bytes_per_epoch": round(made.num_selected * mean_bytes),
-        "read_bytes_in_flight_per_worker": round(3 * made.steps_per_round * made.batch * mean_bytes / workers),
-        "view_bytes_per_step_and_worker": step_bytes // workers,
+        "images_per_step_of_the_busiest_worker": busiest,
         "weights": weights,
-        "checkpoint_bytes": 12 * weights,
+        "read_per_epoch_bytes": round(made.num_selected * mean_bytes),
+        "reads_in_flight_per_worker_bytes": round(3 * made.steps_per_round * busiest * mean_bytes),
+        "views_per_step_and_worker_bytes": busiest * spec.count * spec.channels * spec.size_px**2,
+        "checkpoint_bytes": 4 * _COPIES[config.optim.name] * weights,
     }
     if probe_steps:
-        view_s, step_s = _probe(config, data, network, steps=probe_steps)
-        result |= {"probe_view_seconds_per_step": view_s, "probe_train_seconds_per_step": step_s}
-        # Views are made beside training where there are CPUs for both; on one core they add up.
-        result["estimated_seconds"] = schedule.total_steps * max(step_s / workers, view_s / workers)
-        result["estimated_seconds_on_one_core"] = schedule.total_steps * (step_s + view_s)
+        result |= _time(config, data, network, steps=probe_steps, share=busiest / made.batch, total=schedule.total_steps)
     return result
+
+
+def _time(config: Config, data: stream.TrainingData, network: Any, *, steps: int, share: float, total: int) -> dict[str, Any]:
+    """The time of `total` steps; `share` of each is the busiest worker's. Start-up and read-outs come on top."""
+    view_s, train_s = _probe(config, data, network, steps=steps)
+    if config.train.workers == 0:
+        step_s = view_s + train_s
+    else:  # views are made beside training, as far as there are CPUs for both
+        step_s = max(share * train_s, (view_s + train_s) / len(os.sched_getaffinity(0)))
+    return {
+        "probed_views_per_step_s": view_s,
+        "probed_training_per_step_s": train_s,
+        "probed_peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "estimated_s": total * step_s,
+    }
 
 
 def _probe(config: Config, data: stream.TrainingData, network: Any, *, steps: int) -> tuple[float, float]:
     """Median seconds to make the views of a whole batch, and to train on it, on this machine with one worker."""
     torch.set_num_threads(config.train.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     optim = config.optim
+    network = network.to(device).train()
     optimizer = build_optimizer(optim.name, network.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
     lanes = plan.lanes_of(0, 1, data.plan.lanes)
-    stop = min(steps + 1, data.plan.steps_per_epoch)
-    batches = stream.local_batches(data, lanes=lanes, first_step=0, stop_step=stop)
+    batches = stream.local_batches(data, lanes=lanes, first_step=0, stop_step=min(steps + 1, data.plan.steps_per_epoch))
     view_s, train_s = [], []
-    network.train()
-    while True:
-        begun = time.monotonic()
-        batch = next(batches, None)
-        if batch is None:
-            break
+    begun = time.monotonic()
+    for batch in batches:
         made = time.monotonic()
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16):
-            z = network(torch.from_numpy(batch.views))
-        compute_loss(z, config.loss, group=None).total.backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16):
+            z = network(torch.from_numpy(batch.views).to(device))
+        loss = compute_loss(z, config.loss, group=None).total
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        loss.item()  # waits for a device
         view_s.append(made - begun)
-        train_s.append(time.monotonic() - made)
+        begun = time.monotonic()
+        train_s.append(begun - made)
     return float(np.median(view_s[1:] or view_s)), float(np.median(train_s[1:] or train_s))
