@@ -73,6 +73,8 @@ def open_run(config: Config, *, resume: str) -> Opened:
     data, digests = open_data(config)
     run_id = runs.run_identity(config, data_digests=digests)
     uri = storage.absolute(config.run or runs.default_uri(name, run_id))
+    if not storage.exists(storage.join(uri, "run.json")):
+        loop.make_network(config, group=None)  # refused before the run's folder belongs to an encoder that does not fit
     resumed = runs.open_run(uri, config, run_id, resume=resume)
     return Opened(uri, config, data, plan_schedule(config, data.plan.steps_per_epoch), resumed)
 
