@@ -5,6 +5,8 @@ RandomSolarize. Each draw has a word of its own, so that no option shifts the dr
 """
 
 import dataclasses
+import math
+from decimal import Decimal
 
 import numpy as np
 
@@ -78,9 +80,10 @@ def _uniforms(views: int, *, seed: int, epoch: int, hashes: np.ndarray, words: i
     low = (hashes & np.uint64(0xFFFFFFFF))[:, None, None]
     high = (hashes >> np.uint64(32))[:, None, None]
     view = (VIEW | np.arange(views, dtype=np.uint64) << np.uint64(8))[None, :, None]
-    block = np.arange(-(-words // 4), dtype=np.uint64)[None, None, :]
+    blocks = -(-words // 4)
+    block = np.arange(blocks, dtype=np.uint64)[None, None, :]
     drawn = np.stack(philox(low, high, view, block, key=(seed, epoch)), axis=-1)
-    return uniform(drawn.reshape(len(hashes), views, -1)[..., :words])
+    return uniform(drawn.reshape(len(hashes), views, 4 * blocks)[..., :words])
 
 
 def _crops(spec: Views, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -88,24 +91,39 @@ def _crops(spec: Views, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) 
     source_h, source_w = (np.asarray(size, np.int64)[:, None] for size in (heights, widths))
     area = (source_h * source_w)[..., None].astype(np.float64)
     scale_low, scale_high = spec.crop_scale
-    ratio_low, ratio_high = np.log(spec.crop_ratio[0]), np.log(spec.crop_ratio[1])
     target = area * (scale_low + (scale_high - scale_low) * u[..., :TRIES])
-    ratio = np.exp(ratio_low + (ratio_high - ratio_low) * u[..., TRIES : 2 * TRIES])
-    width = np.rint(np.sqrt(target * ratio)).astype(np.int64)
-    height = np.rint(np.sqrt(target / ratio)).astype(np.int64)
-    fits = (width > 0) & (width <= source_w[..., None]) & (height > 0) & (height <= source_h[..., None])
-    first = fits.argmax(axis=-1)[..., None]
-    width, height = (np.take_along_axis(size, first, axis=-1)[..., 0] for size in (width, height))
+    ratio = _between(*spec.crop_ratio, u[..., TRIES : 2 * TRIES])
+    tried_w, tried_h = np.rint(np.sqrt(target * ratio)), np.rint(np.sqrt(target / ratio))
+    fits = (tried_w > 0) & (tried_w <= source_w[..., None]) & (tried_h > 0) & (tried_h <= source_h[..., None])
+    fitted, first = fits.any(axis=-1), fits.argmax(axis=-1)[..., None]
+    tried_w, tried_h = (np.take_along_axis(size, first, axis=-1)[..., 0] for size in (tried_w, tried_h))
+    # None of the tries fitted: the central crop, as large as the ratios allow, a pixel at least.
+    shape = source_w / source_h
+    central_w = np.where(shape > spec.crop_ratio[1], np.maximum(1, np.rint(source_h * spec.crop_ratio[1])), source_w)
+    central_h = np.where(shape < spec.crop_ratio[0], np.maximum(1, np.rint(source_w / spec.crop_ratio[0])), source_h)
+    width = np.where(fitted, tried_w, central_w).astype(np.int64)
+    height = np.where(fitted, tried_h, central_h).astype(np.int64)
     top = np.floor((source_h - height + 1) * u[..., 2 * TRIES]).astype(np.int64)
     left = np.floor((source_w - width + 1) * u[..., 2 * TRIES + 1]).astype(np.int64)
-    # None of the tries fitted: the central crop, as large as the ratios allow.
-    shape = source_w / source_h
-    central_w = np.where(shape > spec.crop_ratio[1], np.rint(source_h * spec.crop_ratio[1]), source_w).astype(np.int64)
-    central_h = np.where(shape < spec.crop_ratio[0], np.rint(source_w / spec.crop_ratio[0]), source_h).astype(np.int64)
-    fitted = fits.any(axis=-1)
     return (
-        np.where(fitted, top, (source_h - central_h) // 2),
-        np.where(fitted, left, (source_w - central_w) // 2),
-        np.where(fitted, height, central_h),
-        np.where(fitted, width, central_w),
+        np.where(fitted, top, (source_h - height) // 2),
+        np.where(fitted, left, (source_w - width) // 2),
+        height,
+        width,
     )
+
+
+def _between(low: float, high: float, u: np.ndarray) -> np.ndarray:
+    """low (high / low)**u, the law of a ratio, from sums and products alone.
+
+    They round alike on every machine. Library exponentials differ in the last bit, and with them, once in a while, a box.
+    """
+    log_ratio = float((Decimal(high) / Decimal(low)).ln())
+    halvings = max(0, math.frexp(log_ratio)[1] + 3)
+    x = u * (log_ratio / 2**halvings)
+    power = np.ones_like(x)
+    for k in range(10, 0, -1):  # the series of exp to x**10 / 10!: x is at most 1/8
+        power = 1 + power * x / k
+    for _ in range(halvings):
+        power = power * power
+    return low * power
