@@ -189,6 +189,8 @@ def _fetch(uri: str, start: int, stop: int) -> bytes:
             failure = error
         except PermissionError as error:
             raise DataError(f"{uri}: no permission to read it. Check owner or credentials.") from error
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise DataError(f"{uri}: not a file ({error.strerror}). Put the shard back, or index again.") from error
         except Exception as error:
             failure = error
         if attempt >= ATTEMPTS:
