@@ -99,7 +99,8 @@ def _views_of(rows: np.ndarray, which: np.ndarray, params: ViewParams, *, size: 
     columns = np.ascontiguousarray(x.transpose(0, 3, 2, 1))  # [V, W, C, size]
     x = _gather(columns, np.arange(len(which)), taps_x + params.left[:, None, None], weights_x)  # [V, size (x), C, size (y)]
     x = np.ascontiguousarray(x.transpose(0, 2, 3, 1))  # [V, C, y, x]
-    mean = _luma(x).reshape(len(x), -1).mean(axis=1, dtype=np.float64)
+    # Converted first: a sum that converts as it goes cuts rows where its buffer ends, which depends on the batch.
+    mean = _luma(x).reshape(len(x), -1).astype(np.float64).mean(axis=1)
     for i in np.flatnonzero(params.sigma > 0):
         kernel = blur_kernel(float(params.sigma[i]), size)
         x[i] = correlate1d(correlate1d(x[i], kernel, axis=1, mode="mirror"), kernel, axis=2, mode="mirror")
@@ -114,10 +115,11 @@ def _views_of(rows: np.ndarray, which: np.ndarray, params: ViewParams, *, size: 
 
 
 def _gather(rows: np.ndarray, which: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """float32 [V, out, ...]: sums of weights [V, out, T] times rows[which, taps [V, out, T]]; rows [n, H, ...]."""
+    """float32 [V, out, ...]: sums, in float32, of weights [V, out, T] times rows[which, taps [V, out, T]]; rows [n, H, ...]."""
     flat = rows.reshape(rows.shape[0] * rows.shape[1], -1)
     # A padded tap has weight 0, yet must stay inside its own image.
     at = which[:, None, None] * rows.shape[1] + np.minimum(taps, rows.shape[1] - 1)
+    weights = weights.astype(np.float32)
     total: np.ndarray | None = None
     for t in range(taps.shape[2]):
         part = flat.take(at[..., t].reshape(-1), axis=0).astype(np.float32, copy=False)
@@ -146,7 +148,7 @@ def _coloured(x: np.ndarray, matrix: np.ndarray, shift: np.ndarray) -> np.ndarra
 
 
 def resize_taps(crop: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source positions int64 and weights float32, [V, size, T] each, that resize `crop` [V] pixels to `size`.
+    """Source positions int64 and weights float64, [V, size, T] each, that resize `crop` [V] pixels to `size`.
 
     Antialiased bilinear: a triangle as wide as a view's pixel where it is larger than the source's, cut at the borders and
     normalised, as in PIL and torchvision's `antialias=True`. Weights past the last tap are 0.
@@ -160,8 +162,9 @@ def resize_taps(crop: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     taps = first[..., None] + np.arange(count)
     weights = np.maximum(1 - np.abs((taps + 0.5 - centre[..., None]) / support[..., None]), 0)
     weights = np.where(taps < stop[..., None], weights, 0)
-    weights /= weights.sum(axis=-1, keepdims=True)
-    return np.minimum(taps, crop[:, None, None] - 1).astype(np.int64), weights.astype(np.float32)
+    # One by one: a plain sum adds in an order that depends on the number of taps, which is that of the batch's largest crop.
+    weights /= np.cumsum(weights, axis=-1)[..., -1:]
+    return np.minimum(taps, crop[:, None, None] - 1).astype(np.int64), weights
 
 
 def blur_kernel(sigma: float, size: int) -> np.ndarray:

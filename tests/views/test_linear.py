@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ssl_ray.config import Views
 from ssl_ray.views import ViewParams, draw, make_views, plain
+from ssl_ray.views.linear import colour_maps, resize_taps
 
 GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])
 WHOLE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "grayscale": 0.0}
@@ -274,6 +275,31 @@ def test_a_view_is_the_same_in_any_batch(alone, order):
     spec, images, hashes, views = alone
     together = make_views([images[i] for i in order], hashes[order], spec=spec, seed=5, epoch=6)
     assert np.array_equal(together, views[order])
+
+
+def test_weights_are_bit_for_bit_the_same_in_any_batch():
+    """Bytes seldom show a last bit that differs: here it is seen."""
+    crops = np.concatenate([np.arange(1, 300), [1000, 4000, 5, 2]])
+    for size in (4, 32, 45):
+        taps, weights = resize_taps(crops, size)
+        for i, crop in enumerate(crops):
+            own_taps, own_weights = resize_taps(np.array([crop]), size)
+            own = own_taps.shape[2]
+            assert np.array_equal(taps[i, :, :own], own_taps[0])
+            assert np.array_equal(weights[i, :, :own], own_weights[0])
+            assert not weights[i, :, own:].any()
+
+
+def test_colour_maps_are_bit_for_bit_the_same_in_any_batch():
+    p = draw(Views(hue=0.5), seed=0, epoch=0, hashes=hashes_of(200), heights=np.full(200, 9), widths=np.full(200, 9))
+    for channels in (1, 3):
+        for view in range(4):
+            matrix, grey = colour_maps(ViewParams(**{name: x[:, view] for name, x in vars(p).items()}), channels)
+            for i in range(200):
+                own = ViewParams(**{name: x[i : i + 1, view] for name, x in vars(p).items()})
+                own_matrix, own_grey = colour_maps(own, channels)
+                assert np.array_equal(matrix[i], own_matrix[0])
+                assert grey[i] == own_grey[0]
 
 
 def test_a_view_is_the_same_in_a_batch_of_many_blocks(alone):
