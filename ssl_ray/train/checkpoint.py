@@ -63,9 +63,13 @@ def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimiz
     """Puts the checkpoint at `uri` into the network and the optimiser; returns state.json."""
     state = runs.read_json(storage.join(uri, "state.json"))
     load_weights(uri, network)
+    parameters = list(network.parameters())
     slots: dict[int, dict[str, Tensor]] = {}
     for name, value in _load_tensors(storage.join(uri, "optimizer.safetensors")).items():
         index, _, slot = name.partition(".")
+        like = parameters[int(index)]
+        if value.shape == like.shape:  # fused optimisers go over memory as it lies, and channels_last lies otherwise
+            value = torch.empty_like(like).copy_(value)
         slots.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
