@@ -49,6 +49,8 @@ def read_json(uri: str) -> dict[str, Any]:
         value = json.loads(storage.read_bytes(uri))
     except ValueError as error:
         raise DataError(f"{uri}: not a JSON file ({error}). Restore it, or start a new run.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{uri}: holds {type(value).__name__}, expected an object. Restore it, or start a new run.")
     return value
 
 
@@ -120,7 +122,9 @@ def read_marker(uri: str) -> Marker:
     if not storage.exists(at):
         return Marker()
     value = read_json(at)
-    return Marker(step=int(value["step"]), checkpoint=value["checkpoint"])
+    if not (isinstance(value.get("step"), int) and isinstance(value.get("checkpoint"), str)):
+        raise DataError(f"{at}: lacks the step or the checkpoint. Restore it, or start a new run.")
+    return Marker(step=value["step"], checkpoint=value["checkpoint"])
 
 
 def begin_attempt(uri: str) -> Attempt:
