@@ -1,7 +1,7 @@
 """WebDataset shards at rest: made from images, indexed, checked, and read by ranges."""
 
 from ssl_ray.shards.builtin import located
-from ssl_ray.shards.check import check, stats
+from ssl_ray.shards.check import check, order_note, stats
 from ssl_ray.shards.index import index
 from ssl_ray.shards.manifest import Manifest, bad_digest, bad_samples, index_rows, iter_index, load_manifest
 from ssl_ray.shards.pack import pack
@@ -25,6 +25,7 @@ __all__ = [
     "load_manifest",
     "located",
     "open_source",
+    "order_note",
     "pack",
     "read_samples",
     "stats",

@@ -52,7 +52,8 @@ def check(
                 bad_shards.append({"shard": manifest.names[shard].as_py(), "reason": reason})
             bad_rows += _bad_rows(manifest, shard, pool, decode)
             progress(shard + 1, len(manifest.counts))
-    notes = [] if order_is_random(manifest) else [NOT_RANDOM]
+    note = order_note(manifest)
+    notes = [] if note is None else [note]
     try:
         write_bad_samples(manifest.uri, bad_rows)
     except SslRayError as error:  # what was found must not be lost with the list
@@ -109,7 +110,12 @@ def _decode_problem(data: memoryview | None, decode: Callable[[memoryview], obje
     return None
 
 
-def order_is_random(manifest: Manifest) -> bool:
+def order_note(manifest: Manifest) -> str | None:
+    """What to do where the order of the samples is not random; None where it is, or nothing tells."""
+    return None if _order_is_random(manifest) else NOT_RANDOM
+
+
+def _order_is_random(manifest: Manifest) -> bool:
     """Whether neighbours differ in class about as often as class counts predict: less 5 %, and five standard deviations.
 
     Known of shards that we packed, which may be too few samples to judge by.
@@ -140,7 +146,8 @@ def stats(uri: str) -> dict[str, Any]:
         "mean_image_bytes": round(manifest.mean_bytes),
         "image_sizes_px": _image_sizes(manifest),
         "bad_samples": len(bad_samples(manifest)[0]),
-        "order": "random" if order_is_random(manifest) else NOT_RANDOM,
+        "without_image": manifest.without_image,
+        "order": order_note(manifest) or "random",
         "classes": dict(zip(names, manifest.class_counts or (), strict=True)) or None,
     }
 

@@ -81,6 +81,7 @@ class ShardIndex:
     rows: pa.Table
     """INDEX_SCHEMA, but for `label`: -1 where `labels` has a name."""
     labels: list[int | str | None]
+    without_image: int
     sha256: str
     size_bytes: int
 
@@ -142,12 +143,15 @@ def index_shard(file: BinaryIO, name: str, *, where: str) -> ShardIndex:
     stream = _Tail(gzip.GzipFile(fileobj=outer, mode="rb") if is_gzip(name) else outer)  # type: ignore[call-overload]
     columns: dict[str, list[Any]] = {field: [] for field in ("key", "offset", "size", "hash", "crc32")}
     labels: list[int | str | None] = []
+    without_image = 0
     seen: set[str] = set()
     key, parts = None, {}  # type: tuple[str | None, dict[str, tuple[int, bytes]]]
 
     def end_sample() -> None:
+        nonlocal without_image
         image = next((parts[extension] for extension in IMAGES if extension in parts), None)
         if key is None or image is None:
+            without_image += key is not None
             return
         offset, data = image
         values = (key, offset, len(data), sample_hash(name, key), zlib.crc32(data))
@@ -178,7 +182,7 @@ def index_shard(file: BinaryIO, name: str, *, where: str) -> ShardIndex:
         raise DataError(f"{where}: no image in it (.jpg .jpeg .png .webp). Leave this file out of the folder.")
     columns |= {"shard": [0] * len(labels), "label": [-1] * len(labels)}
     rows = pa.table({field.name: pa.array(columns[field.name], field.type) for field in INDEX_SCHEMA})
-    return ShardIndex(rows, labels, outer.sha256.hexdigest(), outer.size)
+    return ShardIndex(rows, labels, without_image, outer.sha256.hexdigest(), outer.size)
 
 
 def is_text(name: str) -> bool:
@@ -279,7 +283,7 @@ def write_data_set(
     class_names: of labels that are numbers; where labels are names, they are numbered in alphabetical order instead.
     """
     found: dict[str, int] = {}
-    has_numbers, image_bytes = False, 0
+    has_numbers, image_bytes, without_image = False, 0, 0
     columns: dict[str, list[Any]] = {field.name: [] for field in MANIFEST_SCHEMA}
     counts = np.zeros(len(class_names or ()), np.int64)
     with IndexWriter(uri) as writer:
@@ -300,6 +304,7 @@ def write_data_set(
             rows = _set(shard.rows, "label", labels)
             writer.add(_set(rows, "shard", np.full(rows.num_rows, number, np.int32)))
             image_bytes += int(rows["size"].to_numpy().sum())
+            without_image += shard.without_image
             for field, value in zip(columns, (name, shard.size_bytes, rows.num_rows, shard.sha256), strict=True):
                 columns[field].append(value)
             progress(number + 1)
@@ -317,6 +322,7 @@ def write_data_set(
         class_names=class_names if labelled else None,
         class_counts=counts.tolist() if labelled else None,
         image_bytes=image_bytes,
+        without_image=without_image,
         shuffled=shuffled,
     )
     return load_manifest(uri)

@@ -1,6 +1,7 @@
 """Check names each bad shard and sample; stats counts; runs of labels are found in shards of others."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from ssl_ray import shards
 from ssl_ray.errors import DataError
 from ssl_ray.shards import Source
 
+FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
 BAD = {"shard": "int32", "row": "int64", "key": "string", "reason": "string"}
 
 
@@ -60,6 +62,7 @@ def test_every_bad_shard_and_sample_is_named_and_written(folder):
     assert bad == truth
     table = pq.read_table(folder / "bad.parquet")
     assert {field.name: str(field.type) for field in table.schema} == BAD
+    assert all(f"| `{name}` | {kind} |" in FORMATS for name, kind in BAD.items())
     assert table["shard"].to_pylist() == [int(shard[0]) for shard, _ in truth]
     assert table["row"].to_pylist() == [int(key) for _, key in truth]
     assert table["key"].to_pylist() == [key for _, key in truth]
@@ -154,6 +157,7 @@ def test_without_a_manifest_check_and_stats_say_how_to_make_one(tmp_path):
 
 def test_stats_count_what_is_there(tmp_path):
     members = [
+        ("0.gif", b"no image of ours"),
         ("a.png", picture(0, px=8)),
         ("a.cls", b"x"),
         ("b.jpg", picture(1, "JPEG", px=30)),
@@ -162,7 +166,7 @@ def test_stats_count_what_is_there(tmp_path):
     ]
     path = write_tar(tmp_path / "x.tar", members)
     shards.index(str(tmp_path))
-    images = [data for name, data in members if not name.endswith("cls")]
+    images = [data for name, data in members if not name.endswith(("cls", "gif"))]
     assert shards.stats(str(tmp_path)) == {
         "shards": 1,
         "samples": 3,
@@ -170,6 +174,7 @@ def test_stats_count_what_is_there(tmp_path):
         "mean_image_bytes": round(sum(map(len, images)) / 3),
         "image_sizes_px": "8x8 to 30x30 (of 2 looked at)",
         "bad_samples": 0,
+        "without_image": 1,
         "order": "random",
         "classes": {"x": 1, "y": 1},
     }

@@ -3,12 +3,16 @@
 import gzip
 import hashlib
 import io
+import json
+import subprocess
+import sys
 import tarfile
 import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -365,6 +369,30 @@ def test_a_shard_of_more_rows_than_a_row_group(tmp_path):
     assert shards.index_rows(manifest, 1)["key"].to_pylist() == ["x"]
     assert manifest.class_counts == (4500, 4500)
     assert list(read_tar(tmp_path / "b.tar")) == ["x.png"]
+
+
+def test_a_manifest_of_a_million_shards_loads_in_seconds_and_within_700_mib(tmp_path):
+    count = 10**6
+    columns = {
+        "name": pa.array([f"train-{i:07d}.tar" for i in range(count)]),
+        "size_bytes": np.full(count, 2**30),
+        "count": np.full(count, 1000),
+        "sha256": pa.array([f"{i:064x}" for i in range(count)]),
+    }
+    about = {"format_version": 1, "class_names": None, "class_counts": None, "mean_bytes": 1e5, "data_uri": None}
+    table = pa.table(columns).replace_schema_metadata({"ssl_ray": json.dumps(about)})
+    pq.write_table(table, tmp_path / "manifest.parquet")
+    program = """if True:
+        import resource, sys, time
+        from ssl_ray import shards
+        began = time.process_time()
+        assert shards.load_manifest(sys.argv[1]).num_samples == 10**9
+        print(time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    """
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    seconds, mib = map(float, done.stdout.split())
+    assert seconds < 10
+    assert mib < 700
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,15 @@ def write_files(root: Path, files: dict[str, bytes]) -> None:
         (root / name).write_bytes(data)
 
 
+def test_the_public_names_are_these():
+    assert set(shards.__all__) == {
+        *("Manifest", "Samples", "Source"),
+        *("open_source", "pack", "index", "check", "stats", "order_note", "located"),
+        *("load_manifest", "index_rows", "iter_index", "bad_samples", "bad_digest", "read_samples"),
+        *("in_fraction", "held_out", "balanced_thresholds"),
+    }
+
+
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
