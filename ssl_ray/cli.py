@@ -63,7 +63,9 @@ def _read_recipe(name: str) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML ({storage.one_line(error)}).") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or storage.one_line(error)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UsageError(f"{path}: not YAML ({where}{problem}).") from error
     if values is None:  # nothing but comments
         return {}
     if not isinstance(values, dict):
@@ -260,6 +262,15 @@ def _takes_config(parser: argparse.ArgumentParser, *, examples: str = "") -> Non
     parser.set_defaults(explain=lambda: f"{_keys_help()}\n\n{examples}".rstrip())
 
 
+def _at_least(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not (text.isdecimal() and int(text) >= low):
+            raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of {low} or more")
+        return int(text)
+
+    return number
+
+
 def _group(verbs: Any, name: str, help: str) -> Any:
     return verbs.add_parser(name, help=help, description=help).add_subparsers(required=True, metavar="VERB")
 
@@ -279,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     _takes_config(pretrain, examples=_EXAMPLES)
     evaluate = _add(verbs, "evaluate", _evaluate, "Read out a checkpoint of a run: linear, kNN, alpha, RankMe.")
     evaluate.add_argument("run", help="folder or URI of the run")
-    evaluate.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest")
+    evaluate.add_argument("--step", type=_at_least(0), help="the checkpoint of this step; default: the newest")
     evaluate.add_argument("--untrained", action="store_true", help="the network before training, batch norm calibrated")
     _takes_config(_add(verbs, "plan", _plan, "What a run would take: steps, samples, bytes, memory, time."))
     verbs.choices["plan"].add_argument("--no-probe", action="store_true", help="do not train a few steps to estimate time")
@@ -303,7 +314,7 @@ def _add_data(verbs: Any) -> None:
     pack.add_argument("--split", default="train", help="train, test or (stl10) unlabeled; default: train")
     pack.add_argument("--root", help="where the files of fashion-mnist, cifar or stl10 are")
     pack.add_argument("--download", action="store_true", help="let torchvision download what is not there")
-    pack.add_argument("--seed", type=int, default=0, help="of the order; default: 0")
+    pack.add_argument("--seed", type=_at_least(0), default=0, help="of the order; default: 0")
     pack.add_argument("--shard-mb", type=float, default=64, help="size of a shard in MiB; default: 64")
     pack.add_argument("--overwrite", action="store_true", help="replace the shards that are there")
     index = _add(verbs, "index", _data_index, "Make manifest and index for WebDataset shards that others wrote.")
@@ -316,5 +327,5 @@ def _add_data(verbs: Any) -> None:
     preview = _add(verbs, "preview", _data_preview, "Draw the views of some images.")
     preview.add_argument("uri", help="folder or URI with a manifest")
     preview.add_argument("-o", "--output", required=True, metavar="FILE.png", help="the picture to write")
-    preview.add_argument("--images", type=int, default=8, help="how many images; default: 8")
+    preview.add_argument("--images", type=_at_least(1), default=8, help="how many images; default: 8")
     _takes_config(preview)

@@ -352,6 +352,8 @@ def build(values: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), s
             ]
             where = source if key in flat else "command line"
             hint = f" Did you mean {near[0]}?" if near else " `ssl-ray config show` lists all keys."
+            if key in sections:
+                hint = f" It is a section: give one of its keys, for example {next(k for k in known if k.startswith(key + '.'))}."
             raise UsageError(f"{key}: no such key ({where}).{hint}")
     return _instantiate(flat, texts)
 

@@ -39,9 +39,20 @@ def counting(what: str, *, quiet: bool) -> Iterator[Callable[[int, int | None], 
     if quiet:
         yield lambda done, total: None
         return
-    with _bar() as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    if sys.stderr.isatty():
+        with _bar() as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    begun = last = time.monotonic()
+
+    def show(done: int, total: int | None) -> None:
+        nonlocal last
+        if time.monotonic() - last > LINE_EVERY_S:
+            last = time.monotonic()
+            _say(f"[{last - begun:5.0f} s] {done:,}{'' if total is None else f'/{total:,}'} {what}")
+
+    yield show
 
 
 def _bar(*columns: Any) -> Any:

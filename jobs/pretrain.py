@@ -1,0 +1,7 @@
+"""ray job submit --working-dir . -- python jobs/pretrain.py data.uri=s3://BUCKET/train run=s3://BUCKET/runs/one train.workers=4"""
+
+import sys
+
+from ssl_ray.cli import main
+
+sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -1,0 +1,186 @@
+"""Runs through the command line: what ends one early loses nothing, and the same command goes on from there."""
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_harness import SMALL
+from safetensors.numpy import load_file
+
+
+def marker(uri: Path) -> dict:
+    return json.loads((uri / "latest.json").read_text())
+
+
+def weights(uri: Path) -> dict[str, np.ndarray]:
+    return load_file(uri / "checkpoints" / marker(uri)["checkpoint"] / "weights.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    mine, theirs = weights(a), weights(b)
+    assert mine.keys() == theirs.keys()
+    assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
+
+def steps(uri: Path) -> list[int]:
+    lines = [line for path in sorted((uri / "metrics").glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_a_run_ends_in_a_summary_that_the_same_command_shows_again(pretrain, cli, packed, trained):
+    summary = pretrain(f"data.uri={packed}", f"run={trained}").ok().json
+    assert summary == json.loads((trained / "summary.json").read_text())
+    keys = """run steps images views seconds images_per_s data_wait_share linear_accuracy linear_accuracy_untrained
+    knn_accuracy alpha rankme bad_samples dropped_samples restarts"""
+    assert set(summary) >= set(keys.split())
+    assert (summary["run"], summary["steps"], summary["images"], summary["views"]) == (str(trained), 4, 64, 128)
+    # Keys of the execution may change; the run's own configuration is a recipe.
+    pretrain(f"data.uri={packed}", f"run={trained}", "checkpoint.keep=5").ok()
+    assert cli("pretrain", "--json", "-c", trained).ok().json == summary
+    shown = cli("config", "show", "-c", trained, "--json").ok().json
+    assert (shown["run"], shown["data"]["uri"], shown["train"]["steps"]) == (str(trained), str(packed), 4)
+
+
+def test_evaluate_gives_the_numbers_of_the_summary(cli, trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    names = ("linear_accuracy", "knn_accuracy", "alpha", "rankme")
+    done = cli("evaluate", trained, "--json").ok().json
+    assert [done[name] for name in names] == [summary[name] for name in names]
+    assert done["protocol"]["version"] >= 1
+    untrained = cli("evaluate", trained, "--untrained", "--json").ok().json
+    assert untrained["linear_accuracy"] == summary["linear_accuracy_untrained"]
+    assert cli("evaluate", trained, "--step", 2, "--json").ok().json["step"] == 2
+    cli("evaluate", trained, "--step", 3).refused(3, "no checkpoint of step 3. There are: 2, 4.")
+
+
+def test_runs_are_listed(cli, trained, tmp_path):
+    rows = cli("runs", "list", trained.parent, "--json").ok().json
+    assert [(row["run"], row["status"], row["steps"]) for row in rows] == [(str(trained), "complete", 4)]
+    assert "complete" in cli("runs", "list", trained).ok().out
+    assert cli("runs", "list", tmp_path).ok().out == f"no runs below {tmp_path}\n"
+    assert cli("runs", "list", tmp_path, "--json").ok().json == []
+
+
+def test_another_configuration_under_the_same_run_is_refused_with_the_difference(pretrain, cli, packed, trained):
+    before = weights(trained)
+    done = pretrain(f"data.uri={packed}", f"run={trained}", "seed=1", "views.count=3")
+    done.refused(2, str(trained), "seed was 0, now 1", "views.count was 2, now 3", "Use another run=URI")
+    pretrain(f"data.uri={packed}", f"run={trained}", "--resume=never").refused(2, "exists already", "--resume auto")
+    assert all(np.array_equal(before[name], value) for name, value in weights(trained).items())
+
+
+def test_other_data_under_the_same_run_is_refused(pretrain, with_bad_image, trained):
+    pretrain(f"data.uri={with_bad_image}", f"run={trained}").refused(2, "holds another run", "data.digest was")
+
+
+@pytest.mark.parametrize("text", [b'{"format', b"", b"[]", b"{}", b"\xff"])
+def test_a_damaged_record_of_the_run_is_named(pretrain, cli, packed, trained, tmp_path, text):
+    uri = Path(shutil.copytree(trained, tmp_path / "run"))
+    for name in ("latest.json", "run.json"):
+        good = (uri / name).read_bytes()
+        (uri / name).write_bytes(text)
+        pretrain(f"data.uri={packed}", f"run={uri}").refused(3, f"{uri}/{name}")
+        cli("evaluate", uri).refused(3, f"{uri}/{name}")
+        (uri / name).write_bytes(good)
+    (uri / "run.json").unlink()
+    pretrain(f"data.uri={packed}", f"run={uri}").refused(3, "has checkpoints but no run.json")
+    cli("evaluate", uri).refused(3, "no run here (no run.json)")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named(pretrain, cli, packed, tmp_path, trained, name):
+    uri = Path(shutil.copytree(trained, tmp_path / "run"))
+    at = uri / "checkpoints" / marker(uri)["checkpoint"] / name
+    at.write_bytes(at.read_bytes()[:-20])
+    (uri / "summary.json").unlink()
+    (uri / "latest.json").write_text(json.dumps(marker(uri) | {"step": 4}))
+    pretrain(f"data.uri={packed}", f"run={uri}").refused(3, str(at))
+    if name == "weights.safetensors":
+        cli("evaluate", uri).refused(3, str(at))
+    at.unlink()
+    pretrain(f"data.uri={packed}", f"run={uri}").refused(3, str(at), "not there")
+
+
+def test_a_run_without_a_checkpoint_cannot_be_read_out(cli, pretrain, packed, tmp_path):
+    uri = tmp_path / "run"
+    pretrain(f"data.uri={packed}", f"run={uri}", "optim.lr=1e30").refused(1, "is not finite at step")
+    cli("evaluate", uri).refused(3, "no checkpoint was committed yet", f"ssl-ray pretrain -c {uri}")
+    cli("evaluate", uri, "--untrained").ok()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_checkpoint_and_cause(pretrain, packed, tmp_path):
+    uri = tmp_path / "run"
+    keys = (f"data.uri={packed}", f"run={uri}", "optim.lr=1e30", "optim.warmup_epochs=0", "checkpoint.every_steps=1")
+    done = pretrain(*keys).refused(1, "is not finite at step 1", "the last good checkpoint is that of step", "lower optim.lr")
+    assert f"of step {marker(uri)['step'] if (uri / 'latest.json').exists() else 0}." in done.err
+
+
+# Storage ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_permission_to_write_the_place_is_named(pretrain, cli, images, packed, copied, tmpfs):
+    file = copied / "manifest.parquet"
+    read_only = tmpfs("size=1m")
+    tmpfs("ro")
+    for place in (file / "run", Path("/proc/run"), read_only / "run"):
+        pretrain(f"data.uri={packed}", f"run={place}").refused(3, str(place))
+        cli("data", "pack", images, place).refused(3, str(place))
+        cli("data", "index", packed, "-o", place).refused(3, str(place))
+        cli("data", "preview", packed, "-o", place / "x.png", *SMALL).refused(3, str(place))
+    pretrain(f"data.uri={packed}", f"run={read_only / 'run'}").refused(3, "read-only", "Use another path")
+
+
+def test_a_full_disk_ends_the_run_and_after_freeing_some_the_same_command_goes_on(pretrain, packed, trained, tmpfs):
+    disk = tmpfs("size=6m")  # one checkpoint of 3.7 MB fits
+    keys = (f"data.uri={packed}", f"run={disk / 'run'}", "checkpoint.every_steps=2")
+    pretrain(*keys).refused(4, str(disk), "no space left", "run the same command again")
+    assert marker(disk / "run")["step"] == 2
+    tmpfs("size=64m")
+    summary = pretrain(*keys).ok().json
+    assert summary["steps"] == 4
+    assert steps(disk / "run") == [0, 1, 2, 3]
+    assert_same_weights(disk / "run", trained)
+
+
+def test_a_full_disk_ends_a_pack_and_leaves_no_data_set(cli, images, tmpfs):
+    disk = tmpfs("size=128k")
+    cli("data", "pack", images, disk / "train").refused(4, "no space left")
+    assert not (disk / "train" / "manifest.parquet").exists()
+    tmpfs("size=8m")
+    cli("data", "pack", images, disk / "train", "--overwrite").ok()
+    cli("data", "check", disk / "train").ok()
+
+
+# Stopping -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_a_checkpoint_and_the_same_command_continues_it_exactly(pretrain, packed, tmp_path, number):
+    keys = (f"data.uri={packed}", "train.steps=120")
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    command = [sys.executable, "-m", "ssl_ray", "pretrain", *SMALL, *keys, f"run={stopped}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with contextlib.ExitStack() as ending:
+        ending.callback(process.kill)
+        until = time.monotonic() + 60
+        while not any((stopped / "metrics").glob("*.jsonl")) and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert (out, "Traceback" in err) == ("", False), err
+    assert "with a checkpoint; the same command continues" in err.splitlines()[-1]
+    done = marker(stopped)["step"]
+    assert 0 < done < 120
+    assert steps(stopped) == list(range(done))
+    assert pretrain(*keys, f"run={stopped}").ok().json["steps"] == 120
+    pretrain(*keys, f"run={whole}").ok()
+    assert steps(stopped) == list(range(120))
+    assert_same_weights(stopped, whole)
