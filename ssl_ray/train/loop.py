@@ -152,7 +152,7 @@ def gather_objects(value: object, *, group: dist.ProcessGroup | None) -> list[An
 def _step_seed(seed: int, step: int, *, rank: int) -> int:
     """For encoders that drop features at random: a resumed step draws as the undisturbed one (of as many workers) did."""
     low, high, _, _ = philox(step, rank, DROPOUT, 0, key=(seed, 0))
-    return int(low) | int(high) << 32 >> 1
+    return (int(low) | int(high) << 32) >> 1
 
 
 def next_batch(batches: Iterator[Batch]) -> tuple[Batch | None, SslRayError | None]:

@@ -95,11 +95,14 @@ def wait_until(condition, process: subprocess.Popen, what: str, timeout_s: float
     return True
 
 
-def ray_processes(title: str, run_uri: Path) -> list[psutil.Process]:
-    """Ray's workers whose title holds `title`; all of this machine, so tests that kill run alone."""
+def ray_processes(title: str, faults: Path) -> list[psutil.Process]:
+    """Ray's workers whose title holds `title`, of the Ray that was started with this folder of faults; oldest first."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.process_iter(["cmdline", "create_time"]):
         line = " ".join(process.info["cmdline"] or [])
-        if line.startswith("ray::") and title in line:
-            found.append(process)
-    return found
+        try:
+            if line.startswith("ray::") and title in line and process.environ().get("FAULTS") == os.fspath(faults):
+                found.append(process)
+        except psutil.Error:  # gone meanwhile
+            continue
+    return sorted(found, key=lambda process: process.info["create_time"])

@@ -1,0 +1,186 @@
+"""Runs that are killed and go on must equal runs that were left alone: losses, digests and weights, bit for bit."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from harness import SMALL, assert_same, finish, newest_step, ray_processes, records, results, run, start, wait_until
+
+FAULT = Path(__file__).parents[1] / "fault"
+STEPS = 57
+ARGUMENTS = [
+    *SMALL,
+    "train.batch=64",
+    f"train.steps={STEPS}",
+    "evaluate.every_epochs=2",
+    "evaluate.max_images=50",
+    "checkpoint.every_steps=7",
+]
+"""19 steps an epoch, each a round; read-outs after steps 38 and 57."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory):
+    """The folder of a run with so many workers that nothing happened to; each is made once."""
+    made: dict[int, Path] = {}
+
+    def run_of(workers: int) -> Path:
+        if workers not in made:
+            uri = tmp_path_factory.mktemp("undisturbed") / str(workers)
+            code, _, err = run("pretrain", f"run={uri}", f"train.workers={workers}", *ARGUMENTS, env=cluster)
+            assert code == 0, err
+            made[workers] = uri
+        return made[workers]
+
+    return run_of
+
+
+class Victim:
+    """A run whose processes are killed; after each end of its driver the same command continues it."""
+
+    def __init__(self, uri: Path, workers: int, *, faults: Path, env: dict[str, str], keys: tuple[str, ...] = ()):
+        self.uri, self.workers, self.faults, self.keys = uri, workers, faults, keys
+        self.env = {"FAULTS": str(faults), "PYTHONPATH": str(FAULT)} | env
+        self.kills = 0
+        self._start()
+
+    def _start(self) -> None:
+        keys = [f"run={self.uri}", f"train.workers={self.workers}", *ARGUMENTS, *self.keys]
+        self.driver = start("pretrain", *keys, env=self.env)
+
+    def reach(self, step: int) -> None:
+        assert wait_until(lambda: newest_step(self.uri) >= step, self.driver, f"step {step}"), self._ended()
+
+    def _ended(self) -> str:
+        return "the driver ended early:\n" + finish(self.driver)[2]
+
+    def kill_worker(self, rank: int, *, at: int) -> None:
+        """SIGKILL to one of the workers once step `at` is in the metrics."""
+        self.reach(at)
+        workers = ray_processes("RayTrainWorker", self.faults)
+        assert len(workers) == self.workers
+        workers[rank].kill()
+        self.kills += 1
+
+    def kill_at_rename(self, target: str) -> None:
+        """SIGKILL to whichever process next renames a file to a path with all words of `target` in it."""
+        order = self.faults / "order"
+        order.with_suffix(".new").write_text("")
+        order.write_text(target)
+        while order.exists():
+            if self.driver.poll() is not None:  # it was the driver, or the run is over
+                break
+            time.sleep(0.02)
+        assert not order.exists(), f"nothing was renamed to {target}: {self._ended()}"
+        self.kills += 1
+
+    def kill_driver(self, *, at: int) -> None:
+        self.reach(at)
+        self.driver.kill()
+        self.restart(-signal.SIGKILL)
+        self.kills += 1
+
+    def terminate_driver(self, *, at: int) -> None:
+        """SIGTERM: it leaves a checkpoint of the step where it stopped."""
+        self.reach(at)
+        self.driver.terminate()
+        self.restart(130)
+        self.kills += 1
+
+    def restart(self, expected_code: int) -> None:
+        code, _, err = finish(self.driver)
+        assert code == expected_code, err
+        self._start()
+
+    def finish(self) -> dict:
+        code, _, err = finish(self.driver)
+        assert code == 0, err
+        return json.loads((self.uri / "summary.json").read_text())
+
+
+def test_the_run_in_this_process_equals_that_of_one_worker_through_ray(undisturbed):
+    assert_same(undisturbed(0), undisturbed(1))
+
+
+def test_two_workers_take_the_same_views_to_the_same_loss(undisturbed):
+    left, right = records(undisturbed(0)), records(undisturbed(2))
+    assert [record["digest"] for record in left] == [record["digest"] for record in right]
+    assert right[0]["loss"] == pytest.approx(left[0]["loss"], rel=1e-6)
+
+
+def test_a_run_in_this_process_survives_kills_at_every_stage_of_a_checkpoint(undisturbed, faults, tmp_path):
+    victim = Victim(tmp_path / "run", 0, faults=faults, env={})
+    for target in ("checkpoints weights", "checkpoints optimizer", "latest.json", "metrics/", "summary.json"):
+        victim.kill_at_rename(target)
+        victim.restart(-signal.SIGKILL)
+    victim.finish()
+    assert_same(undisturbed(0), tmp_path / "run")
+
+
+def test_two_workers_survive_the_death_of_a_worker_and_of_the_driver(undisturbed, cluster, faults, tmp_path):
+    victim = Victim(tmp_path / "run", 2, faults=faults, env=cluster)
+    victim.kill_at_rename("latest.json")
+    victim.kill_worker(1, at=16)
+    victim.kill_driver(at=30)
+    summary = victim.finish()
+    assert summary["restarts"] == victim.kills == 3
+    assert_same(undisturbed(2), tmp_path / "run")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_kill_leaves_the_run_as_if_it_had_not_been(workers, undisturbed, cluster, faults, tmp_path):
+    victim = Victim(tmp_path / "run", workers, faults=faults, env=cluster)
+    victim.kill_at_rename("checkpoints optimizer")
+    victim.kill_worker(0, at=9)
+    victim.kill_at_rename("latest.json")
+    victim.terminate_driver(at=18)
+    victim.kill_worker(workers - 1, at=24)
+    victim.kill_driver(at=30)
+    victim.kill_at_rename("evaluations/00")
+    victim.finish()
+    assert victim.kills == 7
+    assert_same(undisturbed(workers), tmp_path / "run")
+
+
+@pytest.mark.long
+def test_the_number_of_workers_may_change_at_a_restart(cluster, faults, tmp_path):
+    # A ReLU that flips on a rounding changes the gradient by a thousandth: a small learning rate keeps that small.
+    slow = ("optim.lr=1e-5",)
+    alone = tmp_path / "alone"
+    assert run("pretrain", f"run={alone}", "train.workers=0", *ARGUMENTS, *slow)[0] == 0
+    victim = Victim(tmp_path / "run", 2, faults=faults, env=cluster, keys=slow)
+    victim.workers = 1
+    victim.terminate_driver(at=10)
+    victim.workers = 3
+    victim.kill_driver(at=30)
+    victim.finish()
+    left, right = records(alone), records(tmp_path / "run")
+    assert [record["step"] for record in right] == list(range(STEPS))
+    assert [record["digest"] for record in left] == [record["digest"] for record in right]
+    for one, other in zip(left[:50], right[:50], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+@pytest.mark.long
+def test_a_killed_driver_takes_the_ray_that_it_started_with_it(faults, tmp_path):
+    victim = Victim(tmp_path / "run", 1, faults=faults, env={})
+    victim.reach(3)
+    assert ray_processes("", faults)
+    victim.driver.kill()
+    finish(victim.driver)
+    deadline = time.monotonic() + 30
+    while ray_processes("", faults) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not ray_processes("", faults)
+
+
+def test_a_step_is_in_the_metrics_once_with_what_scripts_rely_on(undisturbed):
+    seen = records(undisturbed(2))
+    assert [record["step"] for record in seen] == list(range(STEPS))
+    for record in seen:
+        assert {"step", "epoch", "loss", "lr", "images", "seconds", "data_wait_s", "digest"} <= record.keys()
+        assert record["images"] == 64
+    assert results(undisturbed(2))[1].keys()
