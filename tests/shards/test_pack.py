@@ -238,6 +238,18 @@ def test_full_scratch_space_is_a_resource_error_that_names_it(tmp_path, mounted,
     assert files(tmp_path / "set") == {}
 
 
+@pytest.mark.parametrize("scratch", [True, False])
+def test_an_index_for_which_there_is_no_space_is_a_resource_error(tmp_path, mounted, monkeypatch, scratch):
+    full = mounted("size=64k")
+    write_tar(tmp_path / "x.tar", [(f"{i}.png", b"%d" % i) for i in range(9000)])
+    if scratch:
+        monkeypatch.setattr("tempfile.tempdir", str(full))
+    with pytest.raises(ResourceError, match=r"mounted/.*part.*\.parquet: no space left"):
+        shards.index(str(tmp_path), output=str((tmp_path if scratch else full) / "out"))
+    assert files(full) == {}
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
+
+
 def test_scratch_space_that_is_not_there_is_an_error_that_names_tmpdir(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
     with pytest.raises(DataError, match="TMPDIR"):
