@@ -146,12 +146,14 @@ def write_failure(uri: str, reasons: dict[int, str]) -> None:
 
 
 def newest_failure(uri: str) -> str:
-    """The last line of why a worker died last, or nothing."""
+    """One line of why a worker died last, or nothing."""
     names = storage.list_names(storage.join(uri, "failures"))
     if not names:
         return ""
     rank, reason = next(iter(read_json(storage.join(uri, "failures", names[-1]))["reasons"].items()))
-    return f"Worker {rank}: {(reason.strip().splitlines() or ['no reason given'])[-1]}"
+    lines = reason.strip().splitlines() or ["no reason given"]
+    # A Python traceback ends with its error, a report of Ray's begins with it.
+    return f"Worker {rank}: {lines[-1 if 'Traceback' in reason else 0][:300]}"
 
 
 def newest_attempt(uri: str) -> Attempt:
