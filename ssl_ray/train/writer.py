@@ -90,13 +90,14 @@ class Writer:
             if lines:
                 at = storage.join(self.uri, "metrics", runs.segment_name(start))
                 storage.write_atomic(at, "".join(lines).encode())
+        # Before a commit: where a checkpoint is always waiting, a request to stop would never be seen after it.
+        self.stop_requested = self.stop_requested or storage.exists(storage.join(self.uri, "stop"))
         if taken is not None:
             self._commit(*taken)
             with self._condition:
                 self._snapshot = None
                 self._condition.notify_all()
             return False
-        self.stop_requested = self.stop_requested or storage.exists(storage.join(self.uri, "stop"))
         return closing
 
     def _commit(self, shot: Snapshot, evaluate: bool) -> None:
