@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,12 +67,11 @@ def trained(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+def tmpfs() -> Iterator[Callable[[str], Path]]:
     """Mounts a file system of its own with the options given, or changes those of the one it mounted."""
-    at = tmp_path / "mounted"
+    at = Path(tempfile.mkdtemp(prefix="ssl-ray-test-"))  # not below tmp_path, which pytest could not clear if this were killed
 
     def mount(options: str) -> Path:
-        at.mkdir(exist_ok=True)
         remount = "remount," if at.is_mount() else ""
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", remount + options, "tmpfs", at], capture_output=True, text=True)
         if done.returncode:
@@ -80,4 +80,5 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     yield mount
     if at.is_mount():
-        subprocess.run(["umount", "--lazy", at], check=True)
+        subprocess.run(["umount", "--lazy", at], check=True)  # lazy: the index stays open in this process
+    at.rmdir()

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 from cli_harness import SMALL
 from safetensors.numpy import load_file
+
+from ssl_ray.cli import main
 
 
 def marker(uri: Path) -> dict:
@@ -160,27 +164,79 @@ def test_a_full_disk_ends_a_pack_and_leaves_no_data_set(cli, images, tmpfs):
 
 # Stopping -----------------------------------------------------------------------------------------------------------
 
+LONGER = ("train.steps=300",)
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_leaves_a_checkpoint_and_the_same_command_continues_it_exactly(pretrain, packed, tmp_path, number):
-    keys = (f"data.uri={packed}", "train.steps=120")
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    command = [sys.executable, "-m", "ssl_ray", "pretrain", *SMALL, *keys, f"run={stopped}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+@pytest.fixture(scope="module")
+def undisturbed(packed, tmp_path_factory):
+    uri = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert main(["pretrain", "--json", *SMALL, f"data.uri={packed}", *LONGER, f"run={uri}"]) == 0
+    return uri
+
+
+def start(uri: Path, *arguments: str, stderr: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ssl_ray", "pretrain", *SMALL, *LONGER, f"run={uri}", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+
+
+def stop(process: subprocess.Popen[bytes], uri: Path, number: int) -> tuple[int, bytes]:
+    """Sends the signal after the first checkpoint; the exit code and stdout."""
     with contextlib.ExitStack() as ending:
         ending.callback(process.kill)
         until = time.monotonic() + 60
-        while not any((stopped / "metrics").glob("*.jsonl")) and time.monotonic() < until:
-            time.sleep(0.02)
+        while not (uri / "latest.json").exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert (out, "Traceback" in err) == ("", False), err
-    assert "with a checkpoint; the same command continues" in err.splitlines()[-1]
-    done = marker(stopped)["step"]
-    assert 0 < done < 120
-    assert steps(stopped) == list(range(done))
-    assert pretrain(*keys, f"run={stopped}").ok().json["steps"] == 120
-    pretrain(*keys, f"run={whole}").ok()
-    assert steps(stopped) == list(range(120))
-    assert_same_weights(stopped, whole)
+        out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
+def assert_continues(pretrain, uri: Path, undisturbed: Path, *arguments: str) -> None:
+    done = marker(uri)["step"]
+    assert 0 < done < 300
+    assert steps(uri) == list(range(done))
+    assert pretrain(*LONGER, f"run={uri}", *arguments).ok().json["steps"] == 300
+    assert steps(uri) == list(range(300))
+    assert_same_weights(uri, undisturbed)
+
+
+def test_a_terminated_run_leaves_a_checkpoint_and_the_same_command_continues_it_exactly(pretrain, packed, tmp_path, undisturbed):
+    uri, keys = tmp_path / "run", (f"data.uri={packed}", "checkpoint.every_steps=20")
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = start(uri, *keys, stderr=stderr.fileno())
+        assert stop(process, uri, signal.SIGTERM) == (130, b"")
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    count = int(lines[0].partition("(")[2].split()[0])
+    steps_said = f"300 steps, {count // 16} an epoch ({count} images, {count % 16} of them left out by turns)"
+    assert lines[0] == f"{uri} begins: {steps_said}"
+    assert any("] step 1/300  loss " in line for line in lines)  # a line a period, where there is no terminal
+    assert lines[-1].startswith("ssl-ray: stopped after step ")
+    assert lines[-1].endswith(" with a checkpoint; the same command continues.")
+    assert_continues(pretrain, uri, undisturbed, *keys)
+
+
+def test_control_c_on_a_terminal_leaves_a_checkpoint_and_the_same_command_continues_it_exactly(
+    pretrain, packed, tmp_path, undisturbed
+):
+    uri, keys = tmp_path / "run", (f"data.uri={packed}", "checkpoint.every_steps=20")
+    terminal, theirs = os.openpty()
+    process = start(uri, *keys, stderr=theirs)
+    os.close(theirs)
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other side is closed
+            while data := os.read(terminal, 65536):
+                shown.append(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert stop(process, uri, signal.SIGINT) == (130, b"")
+    reader.join(timeout=60)
+    os.close(terminal)
+    text = b"".join(shown).decode()
+    assert "training" in text  # the live bar
+    assert "images/s" in text
+    assert "Traceback" not in text
+    assert "with a checkpoint; the same command continues." in text.splitlines()[-1]
+    assert_continues(pretrain, uri, undisturbed, *keys)
