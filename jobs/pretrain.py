@@ -1,4 +1,4 @@
-"""ray job submit --working-dir . -- python jobs/pretrain.py data.uri=s3://BUCKET/train run=s3://BUCKET/runs/one train.workers=4"""
+"""ray job submit --working-dir . -- python jobs/pretrain.py data.uri=s3://BUCKET/train run=s3://BUCKET/runs/one"""
 
 import sys
 

@@ -59,7 +59,8 @@ def _bar(*columns: Any) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    start = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Narrow, so that the text of a run fits beside it in 80 columns.
+    start = (TextColumn("{task.description}"), BarColumn(bar_width=14), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*start, *columns, console=Console(stderr=True), transient=True)
 
 
@@ -146,11 +147,13 @@ def _live() -> Iterator[Callable[[str, dict[str, Any]], None]]:
                     bar.console.print(_start_line(value), highlight=False)
                     bar.update(task, total=value["total_steps"], completed=value["step"])
                 case "stage":
-                    bar.update(task, description=value["text"])
+                    what, _, more = value["text"].partition(": ")
+                    bar.update(task, description=what, **({"text": more} if more else {}))
                 case "evaluation":
                     bar.console.print(_evaluation_line(value), highlight=False)
                 case "step":
-                    text = _step_text(value, *rate.add(value))
+                    speed, wait = rate.add(value)
+                    text = f"loss {value['loss']:.4g}  {speed:,.0f} images/s  wait {wait:.0%}"
                     bar.update(task, description="training", completed=value["step"] + 1, text=text)
 
         yield show
