@@ -148,7 +148,9 @@ def _live() -> Iterator[Callable[[str, dict[str, Any]], None]]:
                     bar.update(task, total=value["total_steps"], completed=value["step"])
                 case "stage":
                     what, _, more = value["text"].partition(": ")
-                    bar.update(task, description=what, **({"text": more} if more else {}))
+                    if more:
+                        bar.console.print(value["text"], highlight=False)
+                    bar.update(task, description=what)
                 case "evaluation":
                     bar.console.print(_evaluation_line(value), highlight=False)
                 case "step":
