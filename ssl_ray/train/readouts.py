@@ -47,7 +47,7 @@ def evaluate_run(uri: str, *, checkpoint: str | None, threads: int = 1) -> dict[
     if checkpoint is not None:
         load_weights(storage.join(uri, "checkpoints", checkpoint), network)
     else:
-        some = Chosen(manifest, train.shards[:CALIBRATION_IMAGES], train.rows[:CALIBRATION_IMAGES], None)
+        some, _ = choose(manifest, eval_manifest, held_out=data.eval_fraction, max_images=CALIBRATION_IMAGES)
         images = np.concatenate(
             [part for part, _ in plain_images(some, channels=config.views.channels, size_px=config.views.size_px)]
         )
