@@ -1,18 +1,13 @@
-"""The batches of one worker, in the order of the plan: in this process, or through Ray Data.
+"""The batches of one worker, in the order of the plan, made in this process; ray_stream.py makes them through Ray Data.
 
 Both run the same generator, `round_batches`: it reads a round's samples by ranged requests, decodes each image once,
 makes its views and yields one batch a step. Which samples and views a batch holds follows from the plan alone, so the
 stream may begin at any step, for any share of the lanes, in any process.
-
-Through Ray, one task only counts rounds; a task for each round does the work, two or more rounds ahead of training.
-A batch crosses processes as one row of an Arrow table whose bytes are not copied on the way in or out.
 """
 
 import dataclasses
 import functools
-import json
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +15,7 @@ import pyarrow.compute as pc
 
 from ssl_ray import errors, plan, shards, views
 from ssl_ray.config import Views
-from ssl_ray.errors import DataError, SslRayError
+from ssl_ray.errors import DataError
 from ssl_ray.plan import EpochOrder, Plan
 from ssl_ray.shards import Manifest, Samples
 
@@ -213,115 +208,6 @@ def local_batches(data: TrainingData, *, lanes: range, first_step: int, stop_ste
         if order is None or order.epoch != work.epoch:
             order = plan.epoch_order(data.plan, work.epoch)
         yield from round_batches(data, order, round=work.round, first_k=work.first_k, stop_k=work.stop_k, lanes=lanes)
-
-
-# Through Ray Data ---------------------------------------------------------------------------------------------------
-
-
-def to_table(batch: Batch) -> pa.Table:
-    """One row; the views' bytes are not copied."""
-    size = batch.views.nbytes
-    offsets = pa.py_buffer(np.array([0, size], np.int64))
-    data = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(np.ascontiguousarray(batch.views))])
-    columns = {
-        "step": pa.array([batch.step]),
-        "views": data,
-        "shape": pa.array([list(batch.views.shape)]),
-        "hashes": pa.array([batch.hashes]),
-        "bad": pa.array([json.dumps([dataclasses.asdict(bad) for bad in batch.bad])]),
-        "error": pa.array([None], pa.string()),
-    }
-    return pa.table(columns)
-
-
-def _error_table(error: SslRayError) -> pa.Table:
-    empty = to_table(Batch(-1, np.zeros((0, 0, 0, 0, 0), np.uint8), np.zeros(0, np.uint64)))
-    text = pa.array([json.dumps([type(error).__name__, str(error)])])
-    return empty.set_column(empty.schema.get_field_index("error"), "error", text)
-
-
-def from_table(table: pa.Table) -> Iterator[Batch]:
-    """The batches in a table's rows; raises the user error that a row may hold instead."""
-    for i in range(table.num_rows):
-        row = table.slice(i, 1).combine_chunks()
-        failed = row["error"][0].as_py()
-        if failed is not None:
-            name, message = json.loads(failed)
-            raise getattr(errors, name)(message)
-        shape, cell = row["shape"][0].as_py(), row["views"].chunk(0)
-        start = np.frombuffer(cell.buffers()[1], np.int64)[cell.offset]
-        made = np.frombuffer(cell.buffers()[2], np.uint8, count=int(np.prod(shape)), offset=start).reshape(shape)
-        hashes = np.array(row["hashes"][0].as_py(), np.uint64)
-        bad = [BadSample(**sample) for sample in json.loads(row["bad"][0].as_py())]
-        yield Batch(row["step"][0].as_py(), made, hashes, bad)
-
-
-@functools.lru_cache(maxsize=2)
-def fetch(reference: Any) -> TrainingData:
-    import ray
-
-    return ray.get(reference)
-
-
-@functools.lru_cache(maxsize=2)
-def fetch_order(reference: Any, epoch: int) -> EpochOrder:
-    return plan.epoch_order(fetch(reference).plan, epoch)
-
-
-def _count_rounds(reference: Any, first_step: int, stop_step: int) -> Iterator[pa.Table]:
-    for work in plan.rounds_of(fetch(reference).plan, first_step, stop_step):
-        yield pa.table({key: [value] for key, value in dataclasses.asdict(work).items()})
-
-
-def _work_round(table: pa.Table, *, reference: Any, lanes: range) -> Iterator[pa.Table]:
-    work = {key: values[0] for key, values in table.to_pydict().items()}
-    try:
-        order = fetch_order(reference, work.pop("epoch"))
-        for batch in round_batches(fetch(reference), order, **work, lanes=lanes):
-            yield to_table(batch)
-    except SslRayError as error:
-        # Raised here, Ray would try the task again and wrap the message in its own.
-        yield _error_table(error)
-
-
-def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int, cpus: float):
-    """A Ray Dataset of the batches of one worker; `reference` holds the TrainingData in the object store.
-
-    cpus: this stream's share of the cluster: two rounds are made at a time, half of it each.
-    """
-    import ray.data
-    from ray.data import Datasource, ReadTask
-    from ray.data.block import BlockMetadata
-
-    class Rounds(Datasource):
-        def estimate_inmemory_data_size(self) -> None:
-            return None
-
-        def get_read_tasks(self, parallelism: int, per_task_row_limit=None, data_context=None) -> list[ReadTask]:
-            read = functools.partial(_count_rounds, reference, first_step, stop_step)
-            return [ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None))]
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = 1  # a block for each step: training begins with the first, not with the last
-    counting = 0.01
-    rounds = ray.data.read_datasource(Rounds(), override_num_blocks=1, ray_remote_args={"num_cpus": counting})
-    stream = rounds.repartition(target_num_rows_per_block=1).map_batches(
-        _work_round,
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=(cpus - 2 * counting) / 2,
-        fn_kwargs={"reference": reference, "lanes": lanes},
-    )
-    stream.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=cpus)
-    return stream
-
-
-def ray_batches(tables: Iterable[pa.Table]) -> Iterator[Batch]:
-    """The batches that a `ray_stream` delivers as Arrow tables."""
-    for table in tables:
-        yield from from_table(table)
 
 
 def draw_preview(uri: str, *, spec: Views, seed: int, num_images: int) -> bytes:

@@ -28,6 +28,7 @@ LAYERS = {
     "plan": 2,
     "views": 2,
     "stream": 3,
+    "ray_stream": 3,
     "train": 4,
     "evaluate": 4,
     "console": 7,

@@ -15,7 +15,7 @@ import ray.train
 from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ssl_ray import plan, stream
+from ssl_ray import plan, ray_stream, stream
 from ssl_ray.config import Config
 from ssl_ray.errors import ResourceError, SslRayError, TrainingError
 from ssl_ray.train import loop, runs
@@ -73,10 +73,10 @@ class StreamConfig(ray.train.DataConfig):
                 f"{runs.newest_failure(self.run)}\n"
                 "Ray's logs are in /tmp/ssl-ray-*/session_latest/logs on their machines. Lower memory use or checkpoint.every_s."
             )
-        lanes = stream.fetch(self.reference).plan.lanes
+        lanes = ray_stream.fetch(self.reference).plan.lanes
         return [
             {
-                "train": stream.ray_stream(
+                "train": ray_stream.ray_stream(
                     self.reference,
                     lanes=plan.lanes_of(rank, world_size, lanes),
                     first_step=attempt.step,
@@ -123,7 +123,7 @@ def _work_or_raise(given: dict[str, Any]) -> loop.Outcome:
     return loop.run_worker(
         config,
         given["schedule"],
-        stream.ray_batches(batches.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)),
+        ray_stream.ray_batches(batches.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)),
         run=run,
         attempt=attempt,
         marker=marker,
