@@ -133,6 +133,8 @@ def _data_pack(options: argparse.Namespace) -> Result:
 
     with console.counting("images", quiet=options.json) as progress:
         source = shards.open_source(options.source, split=options.split, root=options.root, download=options.download)
+        if not 0 < options.shard_mb < 2**20:
+            raise UsageError(f"--shard-mb: got {options.shard_mb:g}, expected 0.0625 or more, up to 1048576.")
         size = int(options.shard_mb * 2**20)
         manifest = shards.pack(
             source, options.uri, seed=options.seed, shard_bytes=size, overwrite=options.overwrite, progress=progress
@@ -145,7 +147,8 @@ def _data_index(options: argparse.Namespace) -> Result:
 
     with console.counting("shards", quiet=options.json) as progress:
         manifest = shards.index(options.uri, output=options.output, progress=progress)
-    return _manifest_record(manifest), console.record
+    note = shards.order_note(manifest)
+    return _manifest_record(manifest) | ({} if note is None else {"note": note}), console.record
 
 
 def _manifest_record(manifest: Any) -> dict[str, Any]:
@@ -159,10 +162,11 @@ def _manifest_record(manifest: Any) -> dict[str, Any]:
 
 
 def _data_check(options: argparse.Namespace) -> Result:
-    from ssl_ray import shards
+    from ssl_ray import shards, views
 
     with console.counting("shards", quiet=options.json) as progress:
-        report = shards.check(options.uri, progress=progress)
+        # Three channels: what cannot be decoded for them cannot be for one either.
+        report = shards.check(options.uri, decode=lambda data: views.decode(data, channels=3), progress=progress)
     return report, console.check
 
 

@@ -31,7 +31,7 @@ def _check_probabilities(section: str, values: dict[str, float | tuple[float, ..
 
 
 def _check_range(key: str, value: tuple[float, float], low: float, high: float) -> None:
-    ok = low < value[0] <= value[1] <= high
+    ok = low < value[0] <= value[1] <= high and math.isfinite(value[1])
     _check(ok, key, list(value), f"two increasing numbers above {low:g}" + (f", up to {high:g}" * math.isfinite(high)))
 
 

@@ -23,10 +23,13 @@ def is_local(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """`uri` with a local path made absolute, so that it means the same in every process. Raises UsageError if empty."""
+    """`uri` with a local path made absolute, so that it means the same in every process; ~ is the home.
+
+    Raises UsageError if empty.
+    """
     if not uri:
         raise UsageError("an empty path was given, expected a folder or a URI such as s3://bucket/name.")
-    return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri.rstrip("/")
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://"))) if is_local(uri) else uri.rstrip("/")
 
 
 def open_storage(uri: str) -> "tuple[AbstractFileSystem, str]":

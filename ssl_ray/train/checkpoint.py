@@ -56,7 +56,10 @@ def _load_tensors(uri: str) -> dict[str, Tensor]:
     try:
         return load(data)
     except Exception as error:
-        raise DataError(f"{uri}: not a readable safetensors file ({error}).") from error
+        raise DataError(
+            f"{uri}: not a readable safetensors file ({storage.one_line(error)}). Restore it, or begin another run; "
+            "train.init_from=RUN/checkpoints/NAME begins with the weights of an older checkpoint."
+        ) from error
 
 
 def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

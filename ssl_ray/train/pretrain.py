@@ -60,10 +60,11 @@ def open_data(config: Config) -> tuple[stream.TrainingData, dict[str, str]]:
 
 
 def located(config: Config) -> Config:
-    """`config` with the places of its data as every process of a run finds them."""
+    """`config` with the places of its data and weights as every process of a run finds them."""
     eval_uri = None if config.data.eval_uri is None else shards.located(config.data.eval_uri)
     data = dataclasses.replace(config.data, uri=shards.located(config.data.uri), eval_uri=eval_uri)
-    return dataclasses.replace(config, data=data)
+    init_from = None if config.train.init_from is None else storage.absolute(config.train.init_from)
+    return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, init_from=init_from))
 
 
 def open_run(config: Config, *, resume: str) -> Opened:
