@@ -139,7 +139,7 @@ def _data_pack(options: argparse.Namespace) -> Result:
         manifest = shards.pack(
             source, options.uri, seed=options.seed, shard_bytes=size, overwrite=options.overwrite, progress=progress
         )
-    return _manifest_record(manifest), console.record
+    return _manifest_record(manifest) | ({} if source.left_out is None else {"left_out": source.left_out}), console.record
 
 
 def _data_index(options: argparse.Namespace) -> Result:

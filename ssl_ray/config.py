@@ -344,6 +344,8 @@ def build(values: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), s
         key = key.removeprefix("--")
         if not equals:
             raise UsageError(f"{override}: not understood. Options are given as KEY=VALUE, for example views.count=8.")
+        if not text:
+            raise UsageError(f"{key}: no value was given, expected {key}=VALUE; null stands for none.")
         texts[key] = text
     for key in [*flat, *texts]:
         if key not in known:

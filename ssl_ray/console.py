@@ -77,7 +77,7 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, dict[str, Any]], None]]:
 
 
 def _start_line(value: dict[str, Any]) -> str:
-    verb = f"continues at step {value['step']}" if value["step"] else "begins"
+    verb = "is complete" if value["complete"] else f"continues at step {value['step']}" if value["step"] else "begins"
     dropped = f", {value['dropped_per_epoch']} of them left out by turns" if value["dropped_per_epoch"] else ""
     return (
         f"{value['run']} {verb}: {value['total_steps']} steps, {value['steps_per_epoch']} an epoch "
@@ -289,6 +289,8 @@ def summary(values: dict[str, Any]) -> None:
         for name, key in _READOUTS[:2]:
             before, after = values[f"{key}_untrained"], values[key]
             print(f"{name:8}{before:>10.1%}{after:>10.1%}{100 * (after - before):>+7.1f} points")
+    else:
+        print("\nno linear and kNN read-outs: the images have no labels")
     print(f"\nResults: {values['run']} (summary.json, metrics/, evaluations/, checkpoints/)")
 
 

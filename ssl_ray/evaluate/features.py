@@ -34,7 +34,7 @@ def features(encode: Callable[[Tensor], Tensor], images: np.ndarray, *, batch: i
     if bad:
         raise TrainingError(
             f"evaluate: the encoder gives NaN or infinity for {bad} of {len(h)} images, expected finite features. "
-            "Its training diverged: evaluate an earlier checkpoint."
+            "Its training diverged: evaluate an earlier checkpoint, or train anew with a lower optim.lr."
         )
     return h
 

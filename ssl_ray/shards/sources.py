@@ -10,6 +10,7 @@ import shutil
 import struct
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class Source:
     """The images of the given numbers, 0 to count - 1."""
     place: str | None = None
     """The folder or URI that is read when `read` is called, which must not be written to."""
+    left_out: str | None = None
+    """How many files in it are of other kinds, and which kinds."""
 
 
 def open_source(name: str, *, split: str = "train", root: str | None = None, download: bool = False) -> Source:
@@ -162,7 +165,9 @@ def _torchvision(name: str, root: Path, split: str, download: bool) -> Source:
 
 def _image_folder(root: Path) -> Source:
     """Every image below `root`; its first-level sub-folder is its class, or none has a class where there are no folders."""
-    paths = sorted(_image_paths(root))
+    found = sorted(_files(root))
+    paths = [path for path in found if _kind(path) in IMAGES]
+    others = Counter(_kind(path) for path in found if _kind(path) not in IMAGES)
     if not paths:
         raise DataError(f"{root}: no image below it (.jpg .jpeg .png .webp).")
     relative = [path.relative_to(root) for path in paths]
@@ -178,28 +183,34 @@ def _image_folder(root: Path) -> Source:
     keys = _distinct("/".join((*path.parent.parts, path.name.replace(".", "_"))) for path in relative)
 
     def read(numbers: Sequence[int] | np.ndarray) -> list[Image]:
-        found: list[Image] = []
+        images: list[Image] = []
         for i in map(int, numbers):
             try:
                 data = paths[i].read_bytes()
             except OSError as error:
                 raise DataError(f"{paths[i]}: cannot be read ({error.strerror}). Mend or remove it, and pack again.") from error
             label = number[relative[i].parts[0]] if labelled else None
-            found.append((keys[i], data, paths[i].suffix.lower()[1:], label))
-        return found
+            images.append((keys[i], data, _kind(paths[i]), label))
+        return images
 
-    return Source(str(root), len(paths), class_names if labelled else None, read, place=str(root))
+    kinds = ", ".join(f".{kind}" if kind else "no extension" for kind, _ in others.most_common(5))
+    left_out = f"{others.total()} files that are not .jpg .jpeg .png .webp ({kinds})" if others else None
+    return Source(str(root), len(paths), class_names if labelled else None, read, place=str(root), left_out=left_out)
 
 
-def _image_paths(root: Path) -> Iterator[Path]:
-    """The images below `root`, through linked folders too; hidden files and folders are left out."""
+def _kind(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """The files below `root`, through linked folders too, but for hidden ones."""
     seen: set[str] = set()
     with storage.storage_errors(str(root), "listing"):
         for at, folders, names in os.walk(root, followlinks=True, onerror=_raise):
             seen.add(os.path.realpath(at))  # a link to a folder above would lead round for ever
             folders[:] = [name for name in folders if name[0] != "." and os.path.realpath(f"{at}/{name}") not in seen]
             for name in names:
-                if name[0] == "." or Path(name).suffix.lower().removeprefix(".") not in IMAGES:
+                if name[0] == ".":
                     continue
                 if not is_text(f"{at}/{name}"):
                     raise DataError(f"{at!r}: the name of {name!r} is not UTF-8. Rename it.")

@@ -51,15 +51,19 @@ def write_checkpoint(uri: str, shot: Snapshot) -> None:
     runs.write_json(storage.join(uri, "state.json"), {"step": shot.step} | shot.state)
 
 
+_RESTORE = (
+    "Restore it, or begin another run; train.init_from=RUN/checkpoints/NAME begins with the weights of an older checkpoint."
+)
+
+
 def _load_tensors(uri: str) -> dict[str, Tensor]:
+    if not storage.exists(uri):
+        raise DataError(f"{uri}: this file of the checkpoint is missing. {_RESTORE}")
     data = storage.read_bytes(uri)
     try:
         return load(data)
     except Exception as error:
-        raise DataError(
-            f"{uri}: not a readable safetensors file ({storage.one_line(error)}). Restore it, or begin another run; "
-            "train.init_from=RUN/checkpoints/NAME begins with the weights of an older checkpoint."
-        ) from error
+        raise DataError(f"{uri}: not a readable safetensors file ({storage.one_line(error)}). {_RESTORE}") from error
 
 
 def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

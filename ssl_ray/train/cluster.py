@@ -2,16 +2,65 @@
 
 import logging
 import os
+import re
+import shutil
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from ssl_ray.errors import ResourceError
+from ssl_ray.errors import ResourceError, SslRayError, Stopped, TrainingError
+
+SCRATCH = Path("/tmp")
+"""Ray makes sockets below its folder, whose paths may have 107 characters: $TMPDIR may be too long."""
+KEEP_LOGS_S = 24 * 3600.0
+"""Folders of processes that are gone are removed after so long."""
 
 
-def start_ray() -> None:
+@contextmanager
+def ray_session() -> Iterator[Path]:
+    """Ray for as long as the context lasts, and a folder of this process; both end with it.
+
+    Where the end is an error that Ray's logs may explain, the folder stays for a day. Raises as start_ray does.
+    """
+    _sweep()
+    folder = Path(tempfile.mkdtemp(prefix=f"ssl-ray-{os.getpid()}-", dir=SCRATCH))
+    keep = False
+    try:
+        start_ray(folder)
+        import ray
+
+        try:
+            yield folder
+        finally:
+            ray.shutdown()
+    except BaseException as error:
+        keep = isinstance(error, TrainingError) or not isinstance(error, SslRayError)
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Removes the folders that killed processes left behind."""
+    for folder in SCRATCH.glob("ssl-ray-*-*"):
+        owner = re.match(r"ssl-ray-(\d+)-", folder.name)
+        try:
+            mine = folder.stat().st_uid == os.getuid() and folder.stat().st_mtime < time.time() - KEEP_LOGS_S
+        except OSError:
+            continue
+        if owner and mine and not Path(f"/proc/{owner[1]}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_ray(folder: Path) -> None:
     """Joins the cluster that RAY_ADDRESS names, else starts a local one with token authentication, without dashboard.
 
-    Raises ResourceError if the cluster cannot be reached or started.
+    folder: where a local one keeps its sockets and logs.
+    Raises ResourceError if the cluster cannot be reached or started, Stopped if SIGTERM came meanwhile.
     """
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -25,9 +74,9 @@ def start_ray() -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**common)
         else:
-            # Ray makes sockets below this folder, whose paths may have 107 characters.
-            folder = tempfile.mkdtemp(prefix="ssl-ray-", dir="/tmp")
-            ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, _temp_dir=folder, **common)
+            ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, _temp_dir=str(folder), **common)
+    except SystemExit as error:  # Ray's own handler of SIGTERM, which ray.init installs
+        raise Stopped("stopped while Ray started; the same command continues.") from error
     except (RuntimeError, ConnectionError, TimeoutError) as error:
         message = " ".join(str(error).split())
         raise ResourceError(

@@ -89,9 +89,10 @@ def pretrain(config: Config, *, resume: str, progress: Progress) -> dict[str, An
         opened = open_run(config, resume=resume)
         uri, total = opened.uri, opened.schedule.total_steps
         marker = runs.read_marker(uri)
-        progress("start", _start_record(opened, marker.step))
         summary_at = storage.join(uri, "summary.json")
-        if marker.step == total and storage.exists(summary_at):
+        complete = marker.step == total and storage.exists(summary_at)
+        progress("start", _start_record(opened, marker.step) | {"complete": complete})
+        if complete:
             return runs.read_json(summary_at)
         storage.remove(storage.join(uri, "stop"))
         if config.train.workers == 0:
@@ -116,17 +117,31 @@ def _start_record(opened: Opened, step: int) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in the list; a second one ends the process at once."""
-    asked: list[int] = []
+class _Asked:
+    """Whether SIGINT or SIGTERM came; a second one ends the process at once."""
 
-    def note(number: int, _frame: object) -> None:
-        if asked:
+    def __init__(self) -> None:
+        self.came = False
+
+    def _note(self, _number: int, _frame: object) -> None:
+        if self.came:
             os._exit(Stopped.exit_code)
-        asked.append(number)
+        self.came = True
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def listen(self) -> dict[int, Any]:
+        """Takes over both signals; returns the handlers that were there."""
+        return {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop_here(self, where: str) -> None:
+        """Raises Stopped if a signal came."""
+        if self.came:
+            raise Stopped(f"stopped {where}; the same command continues.")
+
+
+@contextmanager
+def _signals() -> Iterator[_Asked]:
+    asked = _Asked()
+    before = asked.listen()
     try:
         yield asked
     finally:
@@ -164,26 +179,31 @@ def _evaluate_here(uri: str, checkpoint: str | None) -> "Future[dict[str, Any]]"
     return done
 
 
-def _pretrain_on_ray(opened: Opened, asked: list[int], progress: Progress) -> None:
+def _pretrain_on_ray(opened: Opened, asked: _Asked, progress: Progress) -> None:
     progress("stage", {"text": "starting Ray"})
-    cluster.start_ray()
-    import ray
+    with cluster.ray_session() as folder:
+        asked.listen()  # again: ray.init puts a handler of its own in the place of ours
+        asked.stop_here("before training")
+        import ray
 
-    from ssl_ray.train import ray_train
+        from ssl_ray.train import ray_train
 
-    try:
         workers, threads = opened.config.train.workers, opened.config.train.threads
         resources = ray_train.plan_resources(ray.available_resources(), workers=workers, threads=threads)
         progress("stage", {"text": f"starting {workers} workers"})
         train = functools.partial(
-            ray_train.train, opened.config, opened.data, opened.schedule, run=opened.uri, resources=resources
+            ray_train.train,
+            opened.config,
+            opened.data,
+            opened.schedule,
+            run=opened.uri,
+            resources=resources,
+            scratch=str(folder / "train"),
         )
         _drive(opened, train, functools.partial(ray_train.evaluate, cpus=resources.evaluate_cpus), asked, progress)
-    finally:
-        ray.shutdown()
 
 
-def _drive(opened: Opened, train: Callable[[], loop.Outcome], evaluate: Evaluate, asked: list[int], progress: Progress) -> None:
+def _drive(opened: Opened, train: Callable[[], loop.Outcome], evaluate: Evaluate, asked: _Asked, progress: Progress) -> None:
     """Trains and reads out; raises what ended the run early."""
     uri = opened.uri
     readouts = _Readouts(uri, evaluate, progress)
@@ -192,12 +212,12 @@ def _drive(opened: Opened, train: Callable[[], loop.Outcome], evaluate: Evaluate
         training = pool.submit(train)
         told = False
         while not training.done():
-            if asked and not told:
+            if asked.came and not told:
                 progress("stage", {"text": "stopping: waiting for the step to end and its checkpoint to be stored"})
                 storage.write_atomic(storage.join(uri, "stop"), b"")
                 told = True
             watch.look()
-            if not asked:
+            if not asked.came:
                 readouts.advance()
             wait([training], timeout=POLL_S)
         watch.look()
@@ -206,17 +226,25 @@ def _drive(opened: Opened, train: Callable[[], loop.Outcome], evaluate: Evaluate
     if outcome.error is not None:
         raise outcome.error
     progress("stage", {"text": "reading out"})
-    readouts.finish()
+    readouts.finish(asked)
 
 
 class _Watch:
-    """Hands on the records of new steps, from the run's own files."""
+    """Hands on the records of steps that were not committed yet, and deaths of workers, from the run's own files."""
 
     def __init__(self, uri: str, progress: Progress):
         self.uri, self.progress = uri, progress
-        self.segment, self.seen = "", -1
+        committed = runs.read_marker(uri).step
+        self.segment, self.seen = runs.segment_name(committed), committed - 1
+        self.failures = runs.failure_names(uri)
 
     def look(self) -> None:
+        failures = runs.failure_names(self.uri)
+        if failures != self.failures:
+            self.failures = failures
+            step = runs.read_marker(self.uri).step
+            text = f"workers died ({runs.newest_failure(self.uri)}): starting them again from step {step}"
+            self.progress("stage", {"text": text})
         names = [name for name in runs.segment_names(self.uri) if name >= self.segment]
         for record in runs.read_metrics(self.uri, first_segment=self.segment):
             if record["step"] > self.seen:
@@ -248,11 +276,12 @@ class _Readouts:
             if due:
                 self.running = self.evaluate(self.uri, due[0])
 
-    def finish(self) -> None:
-        """All that are due."""
+    def finish(self, asked: _Asked) -> None:
+        """All that are due. Raises Stopped if a signal comes."""
         while self.running is not None or self._due():
+            asked.stop_here("during the read-outs, after all steps")
             if self.running is not None:
-                wait([self.running])
+                wait([self.running], timeout=POLL_S)
             self.advance()
 
 

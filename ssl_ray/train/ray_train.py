@@ -5,7 +5,6 @@ are made; each worker asserts it. Ray's own checkpoints and reports are not used
 """
 
 import dataclasses
-import tempfile
 from concurrent.futures import Future
 from typing import Any
 
@@ -139,27 +138,37 @@ def evaluate(uri: str, checkpoint: str | None, *, cpus: float) -> "Future[dict[s
     return remote(evaluate_run).options(num_cpus=cpus).remote(uri, checkpoint=checkpoint).future()
 
 
-def train(config: Config, data: stream.TrainingData, schedule: loop.Schedule, *, run: str, resources: Resources) -> loop.Outcome:
-    """Trains the run at `run` on the cluster that is joined; returns how it ended. Workers that die are started again."""
+def train(
+    config: Config,
+    data: stream.TrainingData,
+    schedule: loop.Schedule,
+    *,
+    run: str,
+    resources: Resources,
+    scratch: str,
+) -> loop.Outcome:
+    """Trains the run at `run` on the cluster that is joined; returns how it ended. Workers that die are started again.
+
+    scratch: a folder for what Ray Train notes of its own.
+    """
     reference = ray.put(data)
     work: Any = _work  # Ray passes on what it returns, which its annotation does not foresee
-    with tempfile.TemporaryDirectory(prefix="ssl-ray-train-") as storage_path:
-        trainer = TorchTrainer(
-            work,
-            train_loop_config={"config": config, "run": run, "schedule": schedule},
-            datasets={"train": ray.data.range(1)},
-            dataset_config=StreamConfig(run, reference, schedule.total_steps, resources.stream_cpus),
-            torch_config=TorchConfig(timeout_s=300),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.train.workers,
-                use_gpu=resources.gpus,
-                resources_per_worker={"CPU": resources.worker_cpus} | ({"GPU": 1} if resources.gpus else {}),
-            ),
-            run_config=ray.train.RunConfig(
-                storage_path=storage_path,
-                failure_config=ray.train.FailureConfig(max_failures=-1),
-                callbacks=[KeepFailures(run)],  # type: ignore[list-item]  # as its documentation says
-            ),
-        )
-        result: Any = trainer.fit()
-        return result.return_value
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"config": config, "run": run, "schedule": schedule},
+        datasets={"train": ray.data.range(1)},
+        dataset_config=StreamConfig(run, reference, schedule.total_steps, resources.stream_cpus),
+        torch_config=TorchConfig(timeout_s=300),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.train.workers,
+            use_gpu=resources.gpus,
+            resources_per_worker={"CPU": resources.worker_cpus} | ({"GPU": 1} if resources.gpus else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            storage_path=scratch,
+            failure_config=ray.train.FailureConfig(max_failures=-1),
+            callbacks=[KeepFailures(run)],  # type: ignore[list-item]  # as its documentation says
+        ),
+    )
+    result: Any = trainer.fit()
+    return result.return_value

@@ -145,9 +145,13 @@ def write_failure(uri: str, reasons: dict[int, str]) -> None:
     write_json(storage.join(uri, "failures", f"{attempt.number:06d}.json"), record)
 
 
+def failure_names(uri: str) -> list[str]:
+    return storage.list_names(storage.join(uri, "failures"))
+
+
 def newest_failure(uri: str) -> str:
     """One line of why a worker died last, or nothing."""
-    names = storage.list_names(storage.join(uri, "failures"))
+    names = failure_names(uri)
     if not names:
         return ""
     rank, reason = next(iter(read_json(storage.join(uri, "failures", names[-1]))["reasons"].items()))

@@ -177,6 +177,19 @@ def test_a_killed_driver_takes_the_ray_that_it_started_with_it(faults, tmp_path)
     assert not ray_processes("", faults)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("after_s", [1.0, 6.0])
+def test_sigterm_while_ray_starts_ends_with_130_and_leaves_nothing_behind(after_s, faults, tmp_path):
+    victim = Victim(tmp_path / "run", 2, faults=faults, env={})
+    assert wait_until((tmp_path / "run" / "run.json").exists, victim.driver, "the run")
+    time.sleep(after_s)
+    victim.driver.terminate()
+    code, _, err = finish(victim.driver)
+    assert (code, "the same command continues" in err) == (130, True), err
+    assert "Traceback" not in err
+    assert not list(Path("/tmp").glob(f"ssl-ray-{victim.driver.pid}-*"))
+
+
 def test_a_step_is_in_the_metrics_once_with_what_scripts_rely_on(undisturbed):
     seen = records(undisturbed(2))
     assert [record["step"] for record in seen] == list(range(STEPS))
