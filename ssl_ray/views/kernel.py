@@ -9,18 +9,15 @@ its loops over pixels are two to four times as slow.  No step depends on how wid
 runs over its taps in order, in float32, multiplication and addition rounded one by one (never fused), and exp, sin and cos
 are our own, from sums and products.  So a view has the same bytes on every CPU, in every batch and thread.
 
-It holds no lock of Python's, and uses one thread.  numba compiles it in some seconds, once a machine, kept beside this file
-in __pycache__, or in the user's cache where that cannot be written (NUMBA_CACHE_DIR names another place).  All of it stands
-in this one file because numba compiles anew when this file changes, and not when another one does.
+It holds no lock of Python's, and uses one thread.  numba compiles it in some seconds, once a machine (compiled.py).  All of
+it stands in this one file because numba compiles anew when this file changes, and not when another one does.
 
 Memory beside the views: the bytes of one image, and 4 bytes for C * size_px * (rows of its highest crop).
 """
 
-import contextlib
 import math
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +25,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from ssl_ray.views.compiled import compiled
 
 LANES = 16
 """float32 in a vector; rows are worked in pieces of it, and buffers end with as many to spare."""
@@ -546,23 +545,5 @@ def load() -> Callable[..., None]:
     """_batch as machine code: from the cache (a fraction of a second), else compiled (some seconds). Safe in threads."""
     global _loaded
     with _lock:
-        if _loaded is None:
-            _loaded = _from_cache() or njit(_SIGNATURE, nogil=True)(_batch)
+        _loaded = _loaded or compiled(_batch, _SIGNATURE)
         return _loaded
-
-
-def _from_cache() -> Callable[..., None] | None:
-    """None where no place can be written, the disk is full or a file of the cache is broken, which is then removed."""
-    try:
-        compiled = njit(nogil=True, cache=True)(_batch)
-    except RuntimeError:  # numba found no folder for it
-        return None
-    try:
-        compiled.compile(_SIGNATURE)
-    except Exception:  # of broken pickles any kind; what is wrong in _batch itself is raised by the second try, without cache
-        for file in Path(compiled.stats.cache_path or ".").glob("kernel._batch-*.nb[ic]"):
-            with contextlib.suppress(OSError):
-                file.unlink()
-        return None
-    compiled.disable_compile()
-    return compiled
