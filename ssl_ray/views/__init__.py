@@ -1,7 +1,7 @@
 """Encoded images to uint8 views."""
 
 from ssl_ray.views.decode import UndecodableImage, decode
-from ssl_ray.views.linear import make_views, plain
+from ssl_ray.views.make import make_views, plain
 from ssl_ray.views.params import ViewParams, draw
 from ssl_ray.views.preview import preview
 

@@ -38,7 +38,11 @@ class UndecodableImage(ValueError):
 
 
 def decode(data: bytes | memoryview, *, channels: int) -> np.ndarray:
-    """uint8 [C, H, W] of an encoded image, C = `channels`, 1 or 3. Raises UndecodableImage. Safe in threads."""
+    """uint8 [C, H, W] of an encoded image, C = `channels`, 1 or 3. Raises UndecodableImage. Safe in threads.
+
+    The colours of a pixel lie together in memory, as Pillow has them: that is what the views' kernel likes best, and planes
+    would cost a copy, an eighth of the time of a JPEG of 500x375.
+    """
     try:
         with _strict_pillow(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -53,7 +57,7 @@ def decode(data: bytes | memoryview, *, channels: int) -> np.ndarray:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UndecodableImage(f"cannot be decoded: {reason}") from error
     # [H, W] or [H, W, 3] -> [C, H, W]
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 _lock = threading.Lock()

@@ -1,7 +1,9 @@
 """Views as linear maps: view = clip(A (Ry X Rx') + t mean), where Ry and Rx crop, resize, flip and blur.
 
-All sums run over taps in a fixed order, element by element, so that a view has the same bytes whatever batch, process or
-thread count makes it.  In plain numpy a view of 28 px in grey costs about 13 us of one core, one of 32 px in RGB 28 us.
+Here they are written in numpy, to be read and to be compared with: the compiled kernel (kernel.py), which makes the views of
+a run, does the same within one grey level.  All sums run over taps in a fixed order, element by element, so that a view has
+the same bytes whatever batch, process or thread count makes it.  A view of 32 px in RGB costs about 28 us of one core, one
+of 224 px 1 to 3 ms; the kernel's costs a tenth.
 
 Crop, antialiased resize, flip, blur and each colour change but hue are those of torchvision to rounding.  Where views differ:
 values are clipped and rounded once, at the end, not after each step; the order is always brightness, contrast, saturation,
@@ -30,14 +32,16 @@ _CHROMA = _YIQ_INVERSE @ np.diag([0.0, 1.0, 1.0]) @ _YIQ
 """What a colour has beyond its grey."""
 _CHROMA_TURNED = _YIQ_INVERSE @ np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]]) @ _YIQ
 """The same, turned by a quarter in the plane of I and Q, from red over yellow to green as in torchvision."""
+COLOUR_MAPS = np.concatenate([_TO_GREY, _CHROMA, _CHROMA_TURNED]).reshape(-1)
+"""float64 [27]: the three maps of which colour_maps is made, for the kernel."""
 _BLOCK_PX = 2**15
 """Views are made in blocks of about this size, which stay in the cache."""
 _LARGE = 2**15
 """An image of more values than this is not made float as a whole."""
 
 
-def make_views(images: Sequence[np.ndarray], hashes: np.ndarray, *, spec: Views, seed: int, epoch: int) -> np.ndarray:
-    """uint8 [B, m, C, size, size]: the views of B images, uint8 [C, H, W] each, with hashes uint64 [B]."""
+def numpy_views(images: Sequence[np.ndarray], hashes: np.ndarray, *, spec: Views, seed: int, epoch: int) -> np.ndarray:
+    """uint8 [B, m, C, size, size]: what `make_views` makes, in numpy."""
     heights = np.array([image.shape[1] for image in images], np.int64)
     widths = np.array([image.shape[2] for image in images], np.int64)
     params = draw(spec, seed=seed, epoch=epoch, hashes=hashes, heights=heights, widths=widths)
@@ -167,9 +171,14 @@ def resize_taps(crop: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(taps, crop[:, None, None] - 1).astype(np.int64), weights
 
 
+def blur_radius(size: int) -> int:
+    """So that the blur of a view reaches over a tenth of it: 2 r + 1 pixels, at least 3."""
+    return max(1, math.floor(size / 20 + 0.5))
+
+
 def blur_kernel(sigma: float, size: int) -> np.ndarray:
-    """float64 [k]: a Gaussian at whole pixels, normalised; k is a tenth of the view, odd, at least 3."""
-    half = max(1, math.floor(size / 20 + 0.5))
+    """float64 [2 r + 1]: a Gaussian at whole pixels, normalised."""
+    half = blur_radius(size)
     x = np.arange(-half, half + 1)
     kernel = np.exp(-0.5 * (x / sigma) ** 2)
     return kernel / kernel.sum()
@@ -191,8 +200,8 @@ def colour_maps(params: ViewParams, channels: int) -> tuple[np.ndarray, np.ndarr
     return gain[:, None, None] * (_TO_GREY + saturation * (cos * _CHROMA + sin * _CHROMA_TURNED)), grey
 
 
-def plain(images: Sequence[np.ndarray], *, size_px: int) -> np.ndarray:
-    """uint8 [B, C, size, size]: the plain view: the shorter side resized to `size_px`, the centre cut out."""
+def numpy_plain(images: Sequence[np.ndarray], *, size_px: int) -> np.ndarray:
+    """uint8 [B, C, size, size]: what `plain` makes, in numpy."""
     views = []
     for image in images:
         side = min(image.shape[1:])

@@ -2,9 +2,12 @@
 
 The laws are those of torchvision's RandomResizedCrop, ColorJitter, RandomHorizontalFlip, RandomGrayscale, GaussianBlur and
 RandomSolarize. Each draw has a word of its own, so that no option shifts the draws of another.
+
+`draw` is compiled (draws.py); `numpy_draw` is the same in numpy, to be read and compared with.
 """
 
 import dataclasses
+import functools
 import math
 from decimal import Decimal
 
@@ -44,19 +47,64 @@ class ViewParams:
 
 def draw(spec: Views, *, seed: int, epoch: int, hashes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> ViewParams:
     """The parameters of `spec.count` views of each of B samples: hashes uint64 [B], source sizes int [B]."""
+    from ssl_ray.views import draws  # here, since numba takes .3 s to import and most commands draw nothing
+
+    shape = (len(hashes), spec.count)
+    boxes, factors, flags = np.empty((*shape, 4), np.int64), np.empty((*shape, 5)), np.empty((*shape, 3), bool)
+    exponent, halvings = _reduced(*spec.crop_ratio)
+    probabilities = (spec.flip, spec.jitter, spec.grayscale, spec.blur, spec.solarize)
+    ranges = [_factor_range(strength) for strength in (spec.brightness, spec.contrast, spec.saturation)]
+    draws.load()(
+        np.array([seed, epoch], np.uint64),
+        _view_words(spec.count),
+        np.ascontiguousarray(hashes, np.uint64),
+        np.ascontiguousarray(heights, np.int64),
+        np.ascontiguousarray(widths, np.int64),
+        np.array([*spec.crop_scale, *spec.crop_ratio, exponent]),
+        halvings,
+        np.stack([_chances(probability, spec.count) for probability in probabilities]),
+        np.array([*ranges, (0.0, spec.hue), (spec.blur_sigma[0], spec.blur_sigma[1] - spec.blur_sigma[0])]),
+        boxes,
+        factors,
+        flags,
+    )
+    top, left, height, width = np.moveaxis(boxes, -1, 0)
+    brightness, contrast, saturation, hue, sigma = np.moveaxis(factors, -1, 0)
+    flip, gray, solarize = np.moveaxis(flags, -1, 0)
+    return ViewParams(top, left, height, width, flip, brightness, contrast, saturation, hue, gray, sigma, solarize)
+
+
+def _chances(probability: float | tuple[float, ...], views: int) -> np.ndarray:
+    """float64 [m]: the probability for each view."""
+    each = probability if isinstance(probability, tuple) else (probability,)
+    return np.array(each, np.float64)[np.arange(views) % len(each)]
+
+
+def _factor_range(strength: float) -> tuple[float, float]:
+    """The lowest factor, and how far above it the highest is."""
+    low = max(0.0, 1 - strength)
+    return low, 1 + strength - low
+
+
+def _view_words(views: int) -> np.ndarray:
+    """uint64 [m]: the third counter words."""
+    return VIEW | np.arange(views, dtype=np.uint64) << np.uint64(8)
+
+
+def numpy_draw(spec: Views, *, seed: int, epoch: int, hashes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> ViewParams:
+    """What `draw` draws, in numpy."""
     u = _uniforms(spec.count, seed=seed, epoch=epoch, hashes=hashes, words=2 * TRIES + 12)
     top, left, height, width = _crops(spec, u[..., : 2 * TRIES + 2], heights, widths)
     flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma, solarize = np.moveaxis(u[..., 2 * TRIES + 2 :], -1, 0)
 
     def chance(probability: float | tuple[float, ...], draws: np.ndarray) -> np.ndarray:
-        each = probability if isinstance(probability, tuple) else (probability,)
-        return draws < np.array(each)[np.arange(spec.count) % len(each)]
+        return draws < _chances(probability, spec.count)
 
     jittered = chance(spec.jitter, jitter)
 
     def factor(strength: float, draws: np.ndarray) -> np.ndarray:
-        low = max(0.0, 1 - strength)
-        return np.where(jittered, low + (1 + strength - low) * draws, 1.0)
+        low, more = _factor_range(strength)
+        return np.where(jittered, low + more * draws, 1.0)
 
     low, high = spec.blur_sigma
     return ViewParams(
@@ -79,7 +127,7 @@ def _uniforms(views: int, *, seed: int, epoch: int, hashes: np.ndarray, words: i
     """float64 [B, m, words] in (0, 1)."""
     low = (hashes & np.uint64(0xFFFFFFFF))[:, None, None]
     high = (hashes >> np.uint64(32))[:, None, None]
-    view = (VIEW | np.arange(views, dtype=np.uint64) << np.uint64(8))[None, :, None]
+    view = _view_words(views)[None, :, None]
     blocks = -(-words // 4)
     block = np.arange(blocks, dtype=np.uint64)[None, None, :]
     drawn = np.stack(philox(low, high, view, block, key=(seed, epoch)), axis=-1)
@@ -118,12 +166,19 @@ def _between(low: float, high: float, u: np.ndarray) -> np.ndarray:
 
     They round alike on every machine. Library exponentials differ in the last bit, and with them, once in a while, a box.
     """
-    log_ratio = float((Decimal(high) / Decimal(low)).ln())
-    halvings = max(0, math.frexp(log_ratio)[1] + 3)
-    x = u * (log_ratio / 2**halvings)
+    exponent, halvings = _reduced(low, high)
+    x = u * exponent
     power = np.ones_like(x)
     for k in range(10, 0, -1):  # the series of exp to x**10 / 10!: x is at most 1/8
         power = 1 + power * x / k
     for _ in range(halvings):
         power = power * power
     return low * power
+
+
+@functools.cache
+def _reduced(low: float, high: float) -> tuple[float, int]:
+    """The logarithm of high / low, halved so often that it is at most 1/8, and how often."""
+    log_ratio = float((Decimal(high) / Decimal(low)).ln())
+    halvings = max(0, math.frexp(log_ratio)[1] + 3)
+    return log_ratio / 2**halvings, halvings

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ssl_ray.views.linear import plain
+from ssl_ray.views.make import plain
 
 GAP_PX = 2
 

@@ -1,6 +1,10 @@
-"""Views against torchvision's functional ops and a float64 reference made of dense matrices; the same bytes in any batch."""
+"""Views against torchvision's functional ops and a float64 reference made of dense matrices; the same bytes in any batch.
+
+Both the compiled kernel and the maps in numpy with which it is compared elsewhere.
+"""
 
 import colorsys
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,7 +17,9 @@ from torchvision.transforms.v2 import functional as F
 
 from ssl_ray.config import Views
 from ssl_ray.views import ViewParams, draw, make_views, plain
-from ssl_ray.views.linear import colour_maps, resize_taps
+from ssl_ray.views.linear import colour_maps, numpy_plain, numpy_views, resize_taps
+
+both = pytest.mark.parametrize("make", [make_views, numpy_views])
 
 GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])
 WHOLE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "grayscale": 0.0}
@@ -116,13 +122,14 @@ SIZES = [
 ]
 
 
+@both
 @pytest.mark.parametrize("size_px", [4, 28, 65])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_views_are_the_float64_reference_rounded(channels, size_px):
+def test_views_are_the_float64_reference_rounded(channels, size_px, make):
     spec = Views(count=3, channels=channels, size_px=size_px, crop_scale=(0.01, 1.0), **ALL_ON)
     images = [noise(channels, *size, seed=i) for i, size in enumerate(SIZES)]
     hashes = hashes_of(len(images))
-    views = make_views(images, hashes, spec=spec, seed=4, epoch=size_px)
+    views = make(images, hashes, spec=spec, seed=4, epoch=size_px)
     assert views.shape == (len(images), 3, channels, size_px, size_px)
     assert views.dtype == np.uint8
     p = drawn(images, hashes, spec, seed=4, epoch=size_px)
@@ -130,22 +137,24 @@ def test_views_are_the_float64_reference_rounded(channels, size_px):
         assert_rounds_to(views[at], reference(images[at[0]], p, at, size_px), p.solarize[at])
 
 
+@both
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(4, 64), st.sampled_from([1, 3]), st.integers(0, 2**32 - 1))
-def test_views_of_any_size_are_the_reference(height, width, size_px, channels, seed):
+def test_views_of_any_size_are_the_reference(make, height, width, size_px, channels, seed):
     spec = Views(count=2, channels=channels, size_px=size_px, crop_scale=(0.001, 1.0), **ALL_ON)
     image, hashes = noise(channels, height, width, seed=seed), hashes_of(1, seed=seed)
-    views = make_views([image], hashes, spec=spec, seed=seed, epoch=0)
+    views = make([image], hashes, spec=spec, seed=seed, epoch=0)
     p = drawn([image], hashes, spec, seed=seed, epoch=0)
     for view in range(2):
         assert_rounds_to(views[0, view], reference(image, p, (0, view), size_px), p.solarize[0, view])
 
 
-def test_large_images_work_whole_and_in_small_crops():
+@both
+def test_large_images_work_whole_and_in_small_crops(make):
     images = [noise(1, 4000, 4000), noise(1, 3000, 4000)]
     for scale, size_px in (((1.0, 1.0), 32), ((0.00001, 0.0001), 224)):
         spec = Views(count=2, channels=1, size_px=size_px, crop_scale=scale, blur=1.0)
-        views = make_views(images, hashes_of(2), spec=spec, seed=0, epoch=0)
+        views = make(images, hashes_of(2), spec=spec, seed=0, epoch=0)
         p = drawn(images, hashes_of(2), spec, seed=0, epoch=0)
         for at in np.ndindex(2, 2):
             assert_rounds_to(views[at], reference(images[at[0]], p, at, size_px), False)
@@ -165,14 +174,15 @@ def torchvision_geometry(image: np.ndarray, p: ViewParams, at: tuple[int, int], 
     return x.numpy()
 
 
+@both
 @pytest.mark.parametrize("size_px", [8, 32, 96])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.001, 0.02)])
-def test_crop_resize_flip_and_blur_are_torchvisions(scale, channels, size_px):
+def test_crop_resize_flip_and_blur_are_torchvisions(scale, channels, size_px, make):
     spec = Views(count=4, channels=channels, size_px=size_px, crop_scale=scale, jitter=0, grayscale=0, blur=(1.0, 0.0))
     images = [noise(channels, *size, seed=i) for i, size in enumerate(SIZES)]
     hashes = hashes_of(len(images), seed=size_px)
-    views = make_views(images, hashes, spec=spec, seed=2, epoch=0)
+    views = make(images, hashes, spec=spec, seed=2, epoch=0)
     p = drawn(images, hashes, spec, seed=2, epoch=0)
     for at in np.ndindex(len(images), 4):
         theirs = torchvision_geometry(images[at[0]], p, at, size_px)
@@ -259,21 +269,21 @@ def pool(channels: int) -> tuple[list[np.ndarray], np.ndarray]:
     return [noise(channels, *size, seed=i) for i, size in enumerate(POOL_SIZES)], hashes_of(len(POOL_SIZES))
 
 
-@pytest.fixture(scope="module", params=[(1, 28), (3, 32), (3, 45)], ids=str)
+@pytest.fixture(scope="module", params=itertools.product([(1, 28), (3, 32), (3, 45)], [make_views, numpy_views]), ids=str)
 def alone(request):
-    """Options, images, hashes and the views of each image made in a batch of its own."""
-    channels, size_px = request.param
+    """What makes views, its options, images, hashes and the views of each image made in a batch of its own."""
+    (channels, size_px), make = request.param
     spec = Views(count=3, channels=channels, size_px=size_px, blur=(1.0, 0.1), solarize=0.3)
     images, hashes = pool(channels)
-    views = [make_views([images[i]], hashes[i : i + 1], spec=spec, seed=5, epoch=6)[0] for i in range(len(images))]
-    return spec, images, hashes, np.stack(views)
+    views = [make([images[i]], hashes[i : i + 1], spec=spec, seed=5, epoch=6)[0] for i in range(len(images))]
+    return make, spec, images, hashes, np.stack(views)
 
 
 @settings(deadline=None, max_examples=40)
 @given(order=st.lists(st.integers(0, len(POOL_SIZES) - 1), min_size=1, max_size=30))
 def test_a_view_is_the_same_in_any_batch(alone, order):
-    spec, images, hashes, views = alone
-    together = make_views([images[i] for i in order], hashes[order], spec=spec, seed=5, epoch=6)
+    make, spec, images, hashes, views = alone
+    together = make([images[i] for i in order], hashes[order], spec=spec, seed=5, epoch=6)
     assert np.array_equal(together, views[order])
 
 
@@ -303,48 +313,48 @@ def test_colour_maps_are_bit_for_bit_the_same_in_any_batch():
 
 
 def test_a_view_is_the_same_in_a_batch_of_many_blocks(alone):
-    spec, images, hashes, views = alone
+    make, spec, images, hashes, views = alone
     order = np.random.default_rng(0).integers(0, len(images), 200)
     order[50:] = order[50:] % 3  # many of one size
-    together = make_views([images[i] for i in order], hashes[order], spec=spec, seed=5, epoch=6)
+    together = make([images[i] for i in order], hashes[order], spec=spec, seed=5, epoch=6)
     assert np.array_equal(together, views[order])
 
 
 def test_a_view_is_the_same_in_any_thread_and_with_any_number_of_them(alone):
-    spec, images, hashes, views = alone
+    make, spec, images, hashes, views = alone
     with ThreadPoolExecutor(4) as threads:
-        made = threads.map(lambda _: make_views(images, hashes, spec=spec, seed=5, epoch=6), range(8))
+        made = threads.map(lambda _: make(images, hashes, spec=spec, seed=5, epoch=6), range(8))
         assert all(np.array_equal(each, views) for each in made)
     with threadpoolctl.threadpool_limits(1):
-        assert np.array_equal(make_views(images, hashes, spec=spec, seed=5, epoch=6), views)
+        assert np.array_equal(make(images, hashes, spec=spec, seed=5, epoch=6), views)
 
 
 def test_the_first_views_are_the_same_whatever_their_count(alone):
-    spec, images, hashes, views = alone
+    make, spec, images, hashes, views = alone
     more = Views(**(vars(spec) | {"count": 8}))
-    assert np.array_equal(make_views(images, hashes, spec=more, seed=5, epoch=6)[:, :3], views)
+    assert np.array_equal(make(images, hashes, spec=more, seed=5, epoch=6)[:, :3], views)
 
 
 def test_another_seed_epoch_hash_or_view_is_another_view(alone):
-    spec, images, hashes, views = alone
+    make, spec, images, hashes, views = alone
     image, own = images[3:4], hashes[3:4]
     others = [
-        make_views(image, own, spec=spec, seed=6, epoch=6),
-        make_views(image, own, spec=spec, seed=5, epoch=5),
-        make_views(image, own, spec=spec, seed=6, epoch=5),
-        make_views(image, own + np.uint64(1), spec=spec, seed=5, epoch=6),
-        make_views(image, own ^ np.uint64(1 << 63), spec=spec, seed=5, epoch=6),
+        make(image, own, spec=spec, seed=6, epoch=6),
+        make(image, own, spec=spec, seed=5, epoch=5),
+        make(image, own, spec=spec, seed=6, epoch=5),
+        make(image, own + np.uint64(1), spec=spec, seed=5, epoch=6),
+        make(image, own ^ np.uint64(1 << 63), spec=spec, seed=5, epoch=6),
         views[3:4],
     ]
     assert len({view.tobytes() for made in others for view in made[0]}) == len(others) * spec.count
 
 
 def test_images_are_read_only_and_may_lie_in_memory_as_they_like(alone):
-    spec, images, hashes, views = alone
+    make, spec, images, hashes, views = alone
     strided = [np.repeat(np.asfortranarray(image), 2, axis=2)[:, :, ::2] for image in images]
     for image in strided:
         image.flags.writeable = False
-    assert np.array_equal(make_views(strided, hashes, spec=spec, seed=5, epoch=6), views)
+    assert np.array_equal(make(strided, hashes, spec=spec, seed=5, epoch=6), views)
 
 
 def test_a_batch_of_no_image_has_no_views():
@@ -356,9 +366,10 @@ def test_a_batch_of_no_image_has_no_views():
 
 @pytest.mark.parametrize("size_px", [4, 32, 65])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_plain_view_is_the_central_square_resized(channels, size_px):
+@pytest.mark.parametrize("make", [plain, numpy_plain])
+def test_the_plain_view_is_the_central_square_resized(channels, size_px, make):
     images = [noise(channels, *size, seed=i) for i, size in enumerate(SIZES)]
-    views = plain(images, size_px=size_px)
+    views = make(images, size_px=size_px)
     assert views.shape == (len(images), channels, size_px, size_px)
     assert views.dtype == np.uint8
     for view, image in zip(views, images, strict=True):

@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from ssl_ray.config import Views
 from ssl_ray.views import ViewParams, draw
-from ssl_ray.views.params import _between
+from ssl_ray.views.params import _between, numpy_draw
 
 HASHES = np.random.default_rng(0).integers(0, 2**64, 5000, dtype=np.uint64)
 # Fixed seeds: a law that holds fails at no run, one that is off by a per cent or two fails at every run.
@@ -259,6 +259,40 @@ def test_draws_are_pinned():
         [0.8344122095964849, 0.6674697368405759],
         [1.0326750393025577, 1.1509316724725067],
     ]
+
+
+PROBABILITIES = st.one_of(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=3).map(tuple))
+SPECS = st.builds(
+    Views,
+    count=st.integers(2, 9),
+    crop_scale=st.sampled_from([(0.08, 1.0), (1e-6, 1e-5), (1.0, 1.0), (0.9, 1.0)]),
+    crop_ratio=st.sampled_from([(3 / 4, 4 / 3), (1.0, 1.0), (1e-3, 1e3), (5.0, 6.0)]),
+    flip=PROBABILITIES,
+    jitter=PROBABILITIES,
+    brightness=st.floats(0, 3),
+    contrast=st.floats(0, 3),
+    saturation=st.floats(0, 3),
+    hue=st.floats(0, 0.5),
+    grayscale=PROBABILITIES,
+    blur=PROBABILITIES,
+    blur_sigma=st.sampled_from([(0.1, 2.0), (1.0, 1.0), (1e-9, 1e9)]),
+    solarize=PROBABILITIES,
+)
+WORD = st.integers(0, 2**32 - 1)
+SOURCES = st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 10_000), st.integers(1, 10_000)), max_size=8)
+
+
+@settings(deadline=None, max_examples=300)
+@given(SPECS, WORD, WORD, SOURCES)
+def test_compiled_draws_are_numpys_bit_for_bit(spec, seed, epoch, sources):
+    columns = [[source[i] for source in sources] for i in range(3)]
+    hashes, heights, widths = (np.array(x, kind) for x, kind in zip(columns, (np.uint64, np.int64, np.int64), strict=True))
+    options = {"seed": seed, "epoch": epoch, "hashes": hashes, "heights": heights, "widths": widths}
+    hashes.flags.writeable = False
+    compiled, plain = draw(spec, **options), numpy_draw(spec, **options)
+    for name, values in vars(plain).items():
+        assert getattr(compiled, name).dtype == values.dtype
+        assert np.array_equal(getattr(compiled, name), values), name
 
 
 @settings(deadline=None, max_examples=200)

@@ -1,0 +1,38 @@
+"""Compiling with numba, once a machine."""
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+
+def compiled(function: Callable[..., None], signature: Any) -> Callable[..., None]:
+    """`function` as machine code that holds no lock of Python's: from numba's cache (a fraction of a second), else compiled.
+
+    The cache lies beside the function's file in __pycache__, or in the user's cache where that cannot be written;
+    NUMBA_CACHE_DIR names another place.  It is right as long as all that the function calls stands in the same file: numba
+    compiles anew when that one changes.
+    """
+    return _from_cache(function, signature) or njit(signature, nogil=True)(function)
+
+
+def _from_cache(function: Callable[..., None], signature: Any) -> Callable[..., None] | None:
+    """None where no place can be written, the disk is full or a file of the cache is broken, which is then removed."""
+    try:
+        dispatcher = njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # numba found no folder for it
+        return None
+    try:
+        dispatcher.compile(signature)
+    except Exception:  # of broken pickles any kind; what is wrong in the function is raised by the second try, without a cache
+        assert dispatcher.stats.cache_path is not None
+        name = f"{Path(inspect.getfile(function)).stem}.{function.__name__}-*.nb[ic]"
+        for file in Path(dispatcher.stats.cache_path).glob(name):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        return None
+    dispatcher.disable_compile()
+    return dispatcher
