@@ -8,6 +8,13 @@ from typing import Any
 
 from numba import njit
 
+_INNER: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """Decorates what only compiled functions call. Without the ways in from Python, which took a fifth of the time."""
+    return njit(**_INNER)(function)
+
 
 def compiled(function: Callable[..., None], signature: Any) -> Callable[..., None]:
     """`function` as machine code that holds no lock of Python's: from numba's cache (a fraction of a second), else compiled.

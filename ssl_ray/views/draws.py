@@ -6,12 +6,11 @@ One view costs .2 us of one core, a quarter of numpy's time, and a small batch n
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
-from ssl_ray.views.compiled import compiled
+from ssl_ray.views.compiled import compiled, inner
 
 TRIES = 10
 WORDS = 2 * TRIES + 12
@@ -19,10 +18,8 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 
-_inner: Any = njit(nogil=True)
 
-
-@_inner
+@inner
 def _uniforms(u, sample, view, key):
     """u float64 [WORDS]: philox.uniform of philox.philox with the counters (sample's halves, view, 0, 1, ...)."""
     for block in range(WORDS // 4):
@@ -38,7 +35,7 @@ def _uniforms(u, sample, view, key):
         u[4 * block + 3] = (np.float64(x3) + 0.5) * 2.0**-32
 
 
-@_inner
+@inner
 def _crop(box, u, height, width, scale_low, scale_high, ratio_low, ratio_high, exponent, halvings):
     """box int64 [4]: top, left, height, width."""
     area = np.float64(height * width)

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ssl_ray.views.compiled import compiled
+from ssl_ray.views.compiled import compiled, inner
 
 LANES = 16
 """float32 in a vector; rows are worked in pieces of it, and buffers end with as many to spare."""
@@ -179,10 +179,8 @@ def _copy_of(bits: int) -> Any:
 
 _copy_byte, _copy_word = _copy_of(8), _copy_of(32)
 
-_inner: Any = njit(nogil=True)
 
-
-@_inner
+@inner
 def _sum_row(dst, d, src, s, stride, weights, w, n, length):
     """_sum_of for `length` elements; up to LANES - 1 more are written, which whoever writes the next row overwrites."""
     i = 0
@@ -197,7 +195,7 @@ def _sum_row(dst, d, src, s, stride, weights, w, n, length):
 # --- weights --------------------------------------------------------------------------------------------------------------
 
 
-@_inner
+@inner
 def _exp_of_negative(x):
     """exp(x), x <= 0, from sums and products, so that it is the same on every machine; 0 below exp(-60)."""
     if x < -60:
@@ -211,7 +209,7 @@ def _exp_of_negative(x):
     return power
 
 
-@_inner
+@inner
 def _cos_sin(turns):
     """Of -1/2 to 1/2 turns, likewise."""
     x = 2 * math.pi * turns / 8
@@ -237,12 +235,12 @@ class Taps(NamedTuple):
     most: int
 
 
-@_inner
+@inner
 def _empty_taps(size, most):
     return Taps(np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size * most, np.float32), most)
 
 
-@_inner
+@inner
 def _resize_taps(taps, raw, crop, size, flip):
     """As linear.resize_taps, but for the last bit; raw float64 [most] is overwritten."""
     first, number, weights, most = taps.first, taps.number, taps.weights, taps.most
@@ -264,7 +262,7 @@ def _resize_taps(taps, raw, crop, size, flip):
             weights[at * most + t] = raw[t] * total
 
 
-@_inner
+@inner
 def _blur_taps(weights, sigma, half):
     """The Gaussian of linear.blur_kernel in weights float32 [2 r + 1], r <= half: ends that weigh nothing are left out."""
     whole = 1.0
@@ -286,7 +284,7 @@ def _blur_taps(weights, sigma, half):
     return radius
 
 
-@_inner
+@inner
 def _colour_matrix(matrix, factors, gray, maps):
     """linear.colour_maps' A in matrix float32 [C * C], from maps float64 [27]: to grey, chroma, chroma turned by a quarter."""
     gain = factors[BRIGHTNESS] * factors[CONTRAST]
@@ -327,7 +325,7 @@ class Scratch(NamedTuple):
     """uint8 [3 * LANES]: a row of views that are narrower than a vector."""
 
 
-@_inner
+@inner
 def _scratch(boxes, size, channels, half):
     turned, rows = 0, 1
     for b in range(len(boxes)):
@@ -350,7 +348,7 @@ def _scratch(boxes, size, channels, half):
     )
 
 
-@_inner
+@inner
 def _touched(boxes):
     """The smallest box around the crops of an image, boxes [m, 4]: y0, y1, x0, x1."""
     y0, y1, x0, x1 = boxes[0, TOP], 0, boxes[0, LEFT], 0
@@ -361,7 +359,7 @@ def _touched(boxes):
     return y0, y1, x0, x1
 
 
-@_inner
+@inner
 def _turn(turned, address, strides, channels, y0, y1, x0, x1):
     """The image at `address`, strides of [C, H, W] in bytes, from rows to columns."""
     of_channel, of_row, of_pixel = strides[0], strides[1], strides[2]
@@ -389,7 +387,7 @@ def _turn(turned, address, strides, channels, y0, y1, x0, x1):
 # Arrays are taken out of their tuples once a view: numba counts references each time, which costs as much as a row.
 
 
-@_inner
+@inner
 def _resize_across(scratch, start, column, rows, size, taps):
     """scratch.across [rows][size] from the columns of scratch.turned; rows counts those of every channel."""
     turned, strip, across = scratch.turned, scratch.strip, scratch.across
@@ -405,7 +403,7 @@ def _resize_across(scratch, start, column, rows, size, taps):
             _transpose(across, j * size + x0, size, strip, j, padded)
 
 
-@_inner
+@inner
 def _mean_luma(scratch, taps, rows, size, luma):
     """Of the resized crop, from the crop resized across: each of its rows counts as often as the view's rows use it."""
     line, totals, rounded = scratch.line, scratch.totals, scratch.weights
@@ -420,15 +418,15 @@ def _mean_luma(scratch, taps, rows, size, luma):
     length = len(luma) * size
     _sum_row(line, 0, scratch.across, 0, length, rounded, 0, rows, length)
     mean = 0.0
-    for c in range(len(luma)):
-        total = 0.0
-        for x in range(size):
-            total += line[c * size + x]
-        mean += luma[c] * total
+    for x in range(size):
+        brightness = 0.0
+        for c in range(len(luma)):
+            brightness += luma[c] * line[c * size + x]
+        mean += brightness
     return mean / (size * size)
 
 
-@_inner
+@inner
 def _blur_across(blurred, y, line, mirrored, weights, radius, size, channels):
     """Row radius + y of blurred from line."""
     for c in range(channels):
@@ -441,7 +439,7 @@ def _blur_across(blurred, y, line, mirrored, weights, radius, size, channels):
         _sum_row(blurred, row, mirrored, 0, 1, weights, 0, 2 * radius + 1, size)
 
 
-@_inner
+@inner
 def _mirror_rows(blurred, radius, size, length):
     last = radius + size - 1
     for k in range(1, radius + 1):
@@ -450,7 +448,7 @@ def _mirror_rows(blurred, radius, size, length):
             blurred[(last + k) * length + i] = blurred[(last - k) * length + i]
 
 
-@_inner
+@inner
 def _paint(views, at, line, few, size, channels, matrix, shift, solarize):
     """A row of a view at views[at]."""
     plane = size * size
@@ -471,7 +469,7 @@ def _paint(views, at, line, few, size, channels, matrix, shift, solarize):
             _paint_grey(views, at + x, plane, line, x, size, matrix, shift, solarize)
 
 
-@_inner
+@inner
 def _view(views, base, scratch, taps, sigma, shift, solarize, size, channels, half):
     """One view, at views[base], from the crop resized across and the colours in scratch.matrix."""
     line, few, across, blurred, matrix = scratch.line, scratch.few, scratch.across, scratch.blurred, scratch.matrix
