@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
-from ssl_ray import plan, shards, storage, stream
+from ssl_ray import plan, shards, storage, stream, views
 from ssl_ray.config import Config
 from ssl_ray.errors import Stopped
 from ssl_ray.train import cluster, loop, runs
@@ -181,6 +181,7 @@ def _evaluate_here(uri: str, checkpoint: str | None) -> "Future[dict[str, Any]]"
 
 def _pretrain_on_ray(opened: Opened, asked: _Asked, progress: Progress) -> None:
     progress("stage", {"text": "starting Ray"})
+    views.load()  # once here, or all tasks of a new machine would compile at the same time
     with cluster.ray_session() as folder:
         asked.listen()  # again: ray.init puts a handler of its own in the place of ours
         asked.stop_here("before training")

@@ -1,8 +1,8 @@
 """Encoded images to uint8 views."""
 
 from ssl_ray.views.decode import UndecodableImage, decode
-from ssl_ray.views.make import make_views, plain
+from ssl_ray.views.make import load, make_views, plain
 from ssl_ray.views.params import ViewParams, draw
 from ssl_ray.views.preview import preview
 
-__all__ = ["UndecodableImage", "ViewParams", "decode", "draw", "make_views", "plain", "preview"]
+__all__ = ["UndecodableImage", "ViewParams", "decode", "draw", "load", "make_views", "plain", "preview"]

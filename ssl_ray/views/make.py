@@ -41,6 +41,14 @@ def plain(images: Sequence[np.ndarray], *, size_px: int) -> np.ndarray:
     return views_of(images, params, size_px=size_px, channels=images[0].shape[0])[:, 0]
 
 
+def load() -> None:
+    """Compiles the kernels, or finds them compiled: some seconds the first time on a machine, else a fraction of one."""
+    from ssl_ray.views import draws, kernel
+
+    kernel.load()
+    draws.load()
+
+
 def views_of(images: Sequence[np.ndarray], params: ViewParams, *, size_px: int, channels: int) -> np.ndarray:
     """uint8 [B, m, C, size, size]: the views with parameters [B, m], whose crops lie inside their images."""
     from ssl_ray.views import kernel  # here, since numba takes .3 s to import and most commands make no views
