@@ -1,6 +1,7 @@
 """Encoder and projector, and batch norm over all workers."""
 
 import difflib
+import threading
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,10 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
 """Pixels, 0 to 1, are shifted and scaled by these, whatever the data set."""
 SMALL_IMAGE_PX = 64
 """Up to this size ResNets get a 3x3 stem of stride 1 without max-pool, as is usual for CIFAR and STL-10."""
+
+default_generator_lock = threading.Lock()
+"""Held by whoever seeds torch's default generator until the draws are made: in one process a read-out may build its network
+in one thread while another trains, and either would draw from the other's numbers."""
 
 # The base of BatchNorm1d, 2d and 3d.
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -275,7 +280,7 @@ def build_network(
     global_batch_norm: the workers over which batch norm takes its statistics; None: each for itself.
     Raises UsageError as build_encoder does.
     """
-    with torch.random.fork_rng(devices=[]):
+    with default_generator_lock, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' too
         body = build_encoder(encoder, channels=channels, size_px=size_px)
         width = projector_dim if projector_width is None else projector_width

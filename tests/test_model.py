@@ -1,6 +1,7 @@
 """Encoder, projector and global batch norm, against torch's own in one process with the whole batch."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import gloo
 import pytest
@@ -341,3 +342,13 @@ def test_an_encoder_that_cannot_serve_is_a_usage_error(name: str, size_px: int, 
         build_encoder(name, channels=3, size_px=size_px)
     assert message in str(caught.value)
     assert str(caught.value).count("\n") <= 1
+
+
+def test_networks_built_in_several_threads_have_the_weights_of_their_seeds():
+    def weights(seed: int) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in small_network(seed=seed).parameters()])
+
+    alone = [weights(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for together in (pool.map(weights, range(8)), pool.map(weights, range(8))):
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

@@ -68,7 +68,10 @@ def _load_tensors(uri: str) -> dict[str, Tensor]:
 
 def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Puts the checkpoint at `uri` into the network and the optimiser; returns state.json."""
-    state = runs.read_json(storage.join(uri, "state.json"))
+    state_uri = storage.join(uri, "state.json")
+    if not storage.exists(state_uri):
+        raise DataError(f"{state_uri}: this file of the checkpoint is missing. {_RESTORE}")
+    state = runs.read_json(state_uri)
     load_weights(uri, network)
     parameters = list(network.parameters())
     slots: dict[int, dict[str, Tensor]] = {}

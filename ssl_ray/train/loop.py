@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssl_ray import losses, storage
 from ssl_ray.config import Config, Loss
 from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, TrainingError
-from ssl_ray.model import Network, build_network
+from ssl_ray.model import Network, build_network, default_generator_lock
 from ssl_ray.philox import DROPOUT, philox
 from ssl_ray.stream import BadSample, Batch
 from ssl_ray.train import checkpoint, runs
@@ -244,9 +244,9 @@ def train(
             lr = learning_rate(step, peak=config.optim.lr, warmup_steps=warmup_steps, total_steps=schedule.total_steps)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
-            torch.manual_seed(_step_seed(config.seed, step, rank=rank))
             views = torch.from_numpy(batch.views).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16):
+            with default_generator_lock, torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16):
+                torch.manual_seed(_step_seed(config.seed, step, rank=rank))
                 z = module(views)
             terms = compute_loss(z, config.loss, group=group)
             optimizer.zero_grad(set_to_none=True)

@@ -108,7 +108,7 @@ def test_a_run_says_what_it_gained_and_where_its_results_are(cli, packed, traine
     assert table.keys() == {"linear", "kNN"}
     assert all("points" in line for line in table.values())
     assert done.out.splitlines()[-1].startswith(f"Results: {trained} (summary.json")
-    assert "continues at step 4" in done.err
+    assert "is complete" in done.err
 
 
 def test_plan_counts_what_the_run_then_does(cli, packed, trained, tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_named(pretrain, cli, packed, tmp_path, trained,
     if name == "weights.safetensors":
         cli("evaluate", uri).refused(3, str(at))
     at.unlink()
-    pretrain(f"data.uri={packed}", f"run={uri}").refused(3, str(at), "not there")
+    pretrain(f"data.uri={packed}", f"run={uri}").refused(3, str(at), "Restore it")
 
 
 def test_a_run_without_a_checkpoint_cannot_be_read_out(cli, pretrain, packed, tmp_path):
