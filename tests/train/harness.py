@@ -36,7 +36,7 @@ def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Pope
     )
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 240) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen, timeout_s: float = 400) -> tuple[int, str, str]:
     """Exit code, stdout and stderr; the whole group is killed if it takes too long."""
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -47,7 +47,7 @@ def finish(process: subprocess.Popen, timeout_s: float = 240) -> tuple[int, str,
     return process.returncode, out, err
 
 
-def run(*arguments: str, env: dict[str, str] | None = None, timeout_s: float = 240) -> tuple[int, str, str]:
+def run(*arguments: str, env: dict[str, str] | None = None, timeout_s: float = 400) -> tuple[int, str, str]:
     return finish(start(*arguments, env=env), timeout_s)
 
 
@@ -84,7 +84,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert all(np.array_equal(weights_a[name], weights_b[name]) for name in weights_a)
 
 
-def wait_until(condition, process: subprocess.Popen, what: str, timeout_s: float = 120) -> bool:
+def wait_until(condition, process: subprocess.Popen, what: str, timeout_s: float = 200) -> bool:
     """Waits for `condition`; False if the process ended first."""
     end = time.monotonic() + timeout_s
     while not condition():

@@ -24,15 +24,15 @@ ARGUMENTS = [
 @pytest.fixture(scope="module")
 def undisturbed(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory):
     """The folder of a run with so many workers that nothing happened to; each is made once."""
-    made: dict[int, Path] = {}
+    made: dict[tuple[int, tuple[str, ...]], Path] = {}
 
-    def run_of(workers: int) -> Path:
-        if workers not in made:
+    def run_of(workers: int, *keys: str) -> Path:
+        if (workers, keys) not in made:
             uri = tmp_path_factory.mktemp("undisturbed") / str(workers)
-            code, _, err = run("pretrain", f"run={uri}", f"train.workers={workers}", *ARGUMENTS, env=cluster)
+            code, _, err = run("pretrain", f"run={uri}", f"train.workers={workers}", *ARGUMENTS, *keys, env=cluster)
             assert code == 0, err
-            made[workers] = uri
-        return made[workers]
+            made[workers, keys] = uri
+        return made[workers, keys]
 
     return run_of
 
@@ -59,9 +59,10 @@ class Victim:
     def kill_worker(self, rank: int, *, at: int) -> None:
         """SIGKILL to one of the workers once step `at` is in the metrics."""
         self.reach(at)
-        workers = ray_processes("RayTrainWorker", self.faults)
-        assert len(workers) == self.workers
-        workers[rank].kill()
+        # After a restart the step may be there before the workers are.
+        there = lambda: len(ray_processes("RayTrainWorker", self.faults)) == self.workers  # noqa: E731
+        assert wait_until(there, self.driver, "the workers"), self._ended()
+        ray_processes("RayTrainWorker", self.faults)[rank].kill()
         self.kills += 1
 
     def kill_at_rename(self, target: str) -> None:
@@ -130,9 +131,11 @@ def test_two_workers_survive_the_death_of_a_worker_and_of_the_driver(undisturbed
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.soak)])
 def test_any_kill_leaves_the_run_as_if_it_had_not_been(workers, undisturbed, cluster, faults, tmp_path):
-    victim = Victim(tmp_path / "run", workers, faults=faults, env=cluster)
+    slow = ("views.size_px=24", "views.count=4")  # steps long enough to be hit
+    victim = Victim(tmp_path / "run", workers, faults=faults, env=cluster, keys=slow)
     victim.kill_at_rename("checkpoints optimizer")
     victim.kill_worker(0, at=9)
     victim.kill_at_rename("latest.json")
@@ -142,13 +145,14 @@ def test_any_kill_leaves_the_run_as_if_it_had_not_been(workers, undisturbed, clu
     victim.kill_at_rename("evaluations/00")
     victim.finish()
     assert victim.kills == 7
-    assert_same(undisturbed(workers), tmp_path / "run")
+    assert_same(undisturbed(workers, *slow), tmp_path / "run")
 
 
-@pytest.mark.long
+@pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_the_number_of_workers_may_change_at_a_restart(cluster, faults, tmp_path):
     # A ReLU that flips on a rounding changes the gradient by a thousandth: a small learning rate keeps that small.
-    slow = ("optim.lr=1e-5",)
+    slow = ("optim.lr=1e-5", "views.size_px=24", "views.count=4")
     alone = tmp_path / "alone"
     assert run("pretrain", f"run={alone}", "train.workers=0", *ARGUMENTS, *slow)[0] == 0
     victim = Victim(tmp_path / "run", 2, faults=faults, env=cluster, keys=slow)
@@ -164,7 +168,8 @@ def test_the_number_of_workers_may_change_at_a_restart(cluster, faults, tmp_path
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-@pytest.mark.long
+@pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_a_killed_driver_takes_the_ray_that_it_started_with_it(faults, tmp_path):
     victim = Victim(tmp_path / "run", 1, faults=faults, env={})
     victim.reach(3)
@@ -177,7 +182,8 @@ def test_a_killed_driver_takes_the_ray_that_it_started_with_it(faults, tmp_path)
     assert not ray_processes("", faults)
 
 
-@pytest.mark.long
+@pytest.mark.soak
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("after_s", [1.0, 6.0])
 def test_sigterm_while_ray_starts_ends_with_130_and_leaves_nothing_behind(after_s, faults, tmp_path):
     victim = Victim(tmp_path / "run", 2, faults=faults, env={})
