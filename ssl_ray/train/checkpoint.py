@@ -56,9 +56,13 @@ _RESTORE = (
 )
 
 
-def _load_tensors(uri: str) -> dict[str, Tensor]:
+def _require(uri: str) -> None:
     if not storage.exists(uri):
         raise DataError(f"{uri}: this file of the checkpoint is missing. {_RESTORE}")
+
+
+def _load_tensors(uri: str) -> dict[str, Tensor]:
+    _require(uri)
     data = storage.read_bytes(uri)
     try:
         return load(data)
@@ -69,8 +73,7 @@ def _load_tensors(uri: str) -> dict[str, Tensor]:
 def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Puts the checkpoint at `uri` into the network and the optimiser; returns state.json."""
     state_uri = storage.join(uri, "state.json")
-    if not storage.exists(state_uri):
-        raise DataError(f"{state_uri}: this file of the checkpoint is missing. {_RESTORE}")
+    _require(state_uri)
     state = runs.read_json(state_uri)
     load_weights(uri, network)
     parameters = list(network.parameters())

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ssl_ray import storage
 from ssl_ray.errors import ResourceError, SslRayError, Stopped, TrainingError
 
 SCRATCH = Path("/tmp")
@@ -78,8 +79,7 @@ def start_ray(folder: Path) -> None:
     except SystemExit as error:  # Ray's own handler of SIGTERM, which ray.init installs
         raise Stopped("stopped while Ray started; the same command continues.") from error
     except (RuntimeError, ConnectionError, TimeoutError) as error:
-        message = " ".join(str(error).split())
         raise ResourceError(
-            f"Ray did not start or cannot be reached ({message}). Check RAY_ADDRESS, the token and free memory, "
+            f"Ray did not start or cannot be reached ({storage.one_line(error)}). Check RAY_ADDRESS, the token and free memory, "
             "or set train.workers=0 to train in this process."
         ) from error

@@ -36,7 +36,7 @@ def forecast(config: Config, *, probe_steps: int) -> dict[str, Any]:
     weights = sum(p.numel() for p in network.parameters())
     result: dict[str, Any] = {
         "samples": made.num_selected,
-        "dropped_per_epoch": made.num_selected % made.batch,
+        "dropped_per_epoch": made.dropped,
         "steps": schedule.total_steps,
         "steps_per_epoch": made.steps_per_epoch,
         "steps_per_round": made.steps_per_round,

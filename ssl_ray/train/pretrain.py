@@ -113,7 +113,7 @@ def _start_record(opened: Opened, step: int) -> dict[str, Any]:
         "total_steps": schedule.total_steps,
         "steps_per_epoch": schedule.steps_per_epoch,
         "images": made.num_selected,
-        "dropped_per_epoch": made.num_selected % made.batch,
+        "dropped_per_epoch": made.dropped,
     }
 
 
@@ -315,6 +315,6 @@ def summarise(opened: Opened) -> dict[str, Any]:
         "num_test": final["num_test"],
         "best_step": runs.best_step(uri),
         "bad_samples": records[-1]["bad_samples"],
-        "dropped_samples": (made.num_selected % made.batch) * (len(records) // made.steps_per_epoch),
+        "dropped_samples": made.dropped * (len(records) // made.steps_per_epoch),
         "restarts": attempt.number - 1,
     }
