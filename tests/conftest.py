@@ -7,15 +7,12 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests of the long stage too")
-    parser.addoption("--soak", action="store_true", help="run the tests that no stage runs yet too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for mark in ("long", "soak"):
-        if not config.getoption(f"--{mark}"):
-            chosen = [item for item in items if mark not in item.keywords]
-            config.hook.pytest_deselected(items=[item for item in items if mark in item.keywords])
-            items[:] = chosen
+    if not config.getoption("--long"):
+        config.hook.pytest_deselected(items=[item for item in items if "long" in item.keywords])
+        items[:] = [item for item in items if "long" not in item.keywords]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -130,29 +130,50 @@ def test_two_workers_survive_the_death_of_a_worker_and_of_the_driver(undisturbed
     assert_same(undisturbed(2), tmp_path / "run")
 
 
+SLOW = ("views.size_px=24", "views.count=4")
+"""Steps long enough to be hit."""
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.soak)])
-def test_any_kill_leaves_the_run_as_if_it_had_not_been(workers, undisturbed, cluster, faults, tmp_path):
-    slow = ("views.size_px=24", "views.count=4")  # steps long enough to be hit
-    victim = Victim(tmp_path / "run", workers, faults=faults, env=cluster, keys=slow)
+def test_one_worker_survives_any_kill(undisturbed, cluster, faults, tmp_path):
+    victim = Victim(tmp_path / "run", 1, faults=faults, env=cluster, keys=SLOW)
     victim.kill_at_rename("checkpoints optimizer")
-    victim.kill_worker(0, at=9)
-    victim.kill_at_rename("latest.json")
     victim.terminate_driver(at=18)
-    victim.kill_worker(workers - 1, at=24)
-    victim.kill_driver(at=30)
     victim.kill_at_rename("evaluations/00")
     victim.finish()
-    assert victim.kills == 7
-    assert_same(undisturbed(workers, *slow), tmp_path / "run")
+    assert_same(undisturbed(0, *SLOW), tmp_path / "run")
 
 
-@pytest.mark.soak
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_two_workers_survive_any_kill(undisturbed, cluster, faults, tmp_path):
+    victim = Victim(tmp_path / "run", 2, faults=faults, env=cluster, keys=SLOW)
+    victim.kill_worker(0, at=9)
+    victim.kill_at_rename("checkpoints optimizer")
+    victim.terminate_driver(at=18)
+    victim.kill_at_rename("evaluations/00")
+    victim.finish()
+    assert_same(undisturbed(2, *SLOW), tmp_path / "run")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_four_workers_survive_any_kill(undisturbed, cluster, faults, tmp_path):
+    victim = Victim(tmp_path / "run", 4, faults=faults, env=cluster, keys=SLOW)
+    victim.kill_worker(0, at=9)
+    victim.kill_at_rename("latest.json")
+    victim.kill_worker(3, at=24)
+    victim.kill_driver(at=30)
+    victim.finish()
+    assert_same(undisturbed(4, *SLOW), tmp_path / "run")
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_number_of_workers_may_change_at_a_restart(cluster, faults, tmp_path):
     # A ReLU that flips on a rounding changes the gradient by a thousandth: a small learning rate keeps that small.
-    slow = ("optim.lr=1e-5", "views.size_px=24", "views.count=4")
+    slow = ("optim.lr=2e-6", *SLOW)
     alone = tmp_path / "alone"
     assert run("pretrain", f"run={alone}", "train.workers=0", *ARGUMENTS, *slow)[0] == 0
     victim = Victim(tmp_path / "run", 2, faults=faults, env=cluster, keys=slow)
@@ -168,21 +189,23 @@ def test_the_number_of_workers_may_change_at_a_restart(cluster, faults, tmp_path
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-@pytest.mark.soak
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_killed_driver_takes_the_ray_that_it_started_with_it(faults, tmp_path):
+    shared = set(ray_processes("", faults))  # the cluster of other tests
     victim = Victim(tmp_path / "run", 1, faults=faults, env={})
     victim.reach(3)
-    assert ray_processes("", faults)
+    mine = lambda: set(ray_processes("", faults)) - shared  # noqa: E731
+    assert mine()
     victim.driver.kill()
     finish(victim.driver)
-    deadline = time.monotonic() + 30
-    while ray_processes("", faults) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 90  # Ray's own agents look for the raylet once in a while
+    while mine() and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not ray_processes("", faults)
+    assert not mine()
 
 
-@pytest.mark.soak
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("after_s", [1.0, 6.0])
 def test_sigterm_while_ray_starts_ends_with_130_and_leaves_nothing_behind(after_s, faults, tmp_path):
