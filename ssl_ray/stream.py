@@ -158,7 +158,8 @@ class _Round:
         if data is None:
             return samples.problems[position]
         try:
-            return views.decode(data, channels=self.data.views.channels)
+            spec = self.data.views
+            return views.decode(data, channels=spec.channels, least_pixels=views.least_pixels(spec))
         except views.UndecodableImage as error:
             return str(error)
 
@@ -220,7 +221,7 @@ def draw_preview(uri: str, *, spec: Views, seed: int, num_images: int) -> bytes:
         try:
             if data is None:
                 raise views.UndecodableImage(samples.problems[position])
-            images.append(views.decode(data, channels=spec.channels))
+            images.append(views.decode(data, channels=spec.channels, least_pixels=views.least_pixels(spec)))
         except views.UndecodableImage as error:
             raise DataError(f"{uri}: {samples.keys[position]}: {error}. Run `ssl-ray data check {uri}`.") from error
     return views.preview(images, views.make_views(images, samples.hashes, spec=spec, seed=seed, epoch=0))

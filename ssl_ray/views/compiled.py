@@ -16,7 +16,7 @@ def inner(function: Callable[..., Any]) -> Any:
     return njit(**_INNER)(function)
 
 
-def compiled(function: Callable[..., None], signature: Any) -> Callable[..., None]:
+def compiled(function: Callable[..., Any], signature: Any) -> Callable[..., Any]:
     """`function` as machine code that holds no lock of Python's: from numba's cache (a fraction of a second), else compiled.
 
     The cache lies beside the function's file in __pycache__, or in the user's cache where that cannot be written;
@@ -26,7 +26,7 @@ def compiled(function: Callable[..., None], signature: Any) -> Callable[..., Non
     return _from_cache(function, signature) or njit(signature, nogil=True)(function)
 
 
-def _from_cache(function: Callable[..., None], signature: Any) -> Callable[..., None] | None:
+def _from_cache(function: Callable[..., Any], signature: Any) -> Callable[..., Any] | None:
     """None where no place can be written, the disk is full or a file of the cache is broken, which is then removed."""
     try:
         dispatcher = njit(nogil=True, cache=True)(function)

@@ -43,10 +43,11 @@ def plain(images: Sequence[np.ndarray], *, size_px: int) -> np.ndarray:
 
 def load() -> None:
     """Compiles the kernels, or finds them compiled: some seconds the first time on a machine, else a fraction of one."""
-    from ssl_ray.views import draws, kernel
+    from ssl_ray.views import draws, kernel, png
 
     kernel.load()
     draws.load()
+    png.load()
 
 
 def views_of(images: Sequence[np.ndarray], params: ViewParams, *, size_px: int, channels: int) -> np.ndarray:

@@ -45,6 +45,12 @@ class ViewParams:
     """bool."""
 
 
+def least_pixels(spec: Views) -> int:
+    """Pixels of an image whose smallest crop has sides of `size_px` still: a larger one may be made smaller first."""
+    low, high = spec.crop_ratio
+    return math.ceil(spec.size_px**2 / (spec.crop_scale[0] * min(low, 1 / high))) if spec.crop_scale[0] else 2**62
+
+
 def draw(spec: Views, *, seed: int, epoch: int, hashes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> ViewParams:
     """The parameters of `spec.count` views of each of B samples: hashes uint64 [B], source sizes int [B]."""
     from ssl_ray.views import draws  # here, since numba takes .3 s to import and most commands draw nothing

@@ -218,6 +218,62 @@ def test_a_phones_jpeg_of_several_pictures_is_the_first():
     assert pixels.shape == (3, 40, 56)
 
 
+# --- as Pillow reads them -----------------------------------------------------------------------------------------------
+
+
+def by_pillow(data: bytes, mode: str) -> np.ndarray:
+    """[C, H, W]; for files without orientation or transparency."""
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert(mode))
+    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+
+
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+kinds = st.sampled_from(
+    [("PNG", {"compress_level": level}) for level in (0, 1, 9)]
+    + [("JPEG", {"quality": quality, "subsampling": way}) for quality in (30, 75, 100) for way in (0, 1, 2)]
+    + [("JPEG", {"progressive": True}), ("JPEG", {"icc_profile": bytes(range(256)) * 8})]
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(shapes, kinds, st.sampled_from(["L", "RGB"]), st.sampled_from(["L", "RGB"]), st.integers(0, 99), st.booleans())
+def test_every_pixel_is_pillows(shape, kind, stored, asked, seed, smooth):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    if smooth:
+        pixels = (np.add.accumulate(pixels.astype(int), axis=1) // 7 % 256).astype(np.uint8)
+    name, options = kind
+    data = encoded(Image.fromarray(pixels).convert(stored), name, **options)
+    assert np.array_equal(decode(data, channels=len(asked)), by_pillow(data, asked))
+
+
+@pytest.mark.parametrize("filters", [[0] * 5, [1] * 5, [2] * 5, [3] * 5, [4] * 5, [4, 3, 2, 1, 0], [1, 0, 4, 2, 3]])
+@pytest.mark.parametrize("colour", [0, 2])
+def test_every_filter_of_a_png_is_pillows(filters, colour):
+    rng = np.random.default_rng(1)
+    rows = b"".join(bytes([kind]) + rng.bytes(7 * (1 if colour == 0 else 3)) for kind in filters)
+    data = png(7, 5, 8, colour, rows)
+    assert np.array_equal(decode(data, channels=3), by_pillow(data, "RGB"))
+
+
+@pytest.mark.parametrize(
+    ("least", "factor"), [(None, 1), (640 * 480, 1), (320 * 240, 2), (160 * 120 + 1, 2), (160 * 120, 4), (1, 8)]
+)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_may_come_smaller_as_long_as_it_keeps_the_pixels_asked_for(least, factor, orientation):
+    rows, columns = np.mgrid[:480, :640]
+    pixels = np.stack([rows // 2, columns // 3, (rows + columns) // 5], axis=-1).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(pixels, "JPEG", quality=95, exif=exif)
+    expected = np.asarray(Image.fromarray(pixels).reduce(factor)).transpose(2, 0, 1)
+    if orientation == 6:  # stored turned by a quarter
+        expected = expected.transpose(0, 2, 1)[:, :, ::-1]
+    made = decode(data, channels=3, least_pixels=least)
+    assert made.shape == expected.shape
+    assert np.abs(made.astype(int) - expected).max() <= 6
+    assert np.array_equal(decode(encoded(pixels), channels=3, least_pixels=least), pixels.transpose(2, 0, 1))
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------------
 
 
