@@ -90,6 +90,8 @@ class Views:
     """Standard deviation of the blur in pixels of the view."""
     solarize: float | tuple[float, ...] = 0.0
     """Probability of inverting every value of 128 and above."""
+    photometric_on: Literal["data", "worker"] = "data"
+    """Where colours, blur and solarisation are made: with the crops, or on the device of the worker that trains on them."""
 
     def __post_init__(self) -> None:
         _check(2 <= self.count <= 1024, "views.count", self.count, "2 to 1024")

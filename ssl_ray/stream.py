@@ -68,7 +68,7 @@ class Batch:
 
     step: int
     views: np.ndarray
-    """uint8 [B, m, C, H, W]."""
+    """uint8 [B, m, C, H, W]; crops of them where the worker does the rest (views.photometric_on)."""
     hashes: np.ndarray
     """uint64 [B]: of the samples that the plan names, in order."""
     bad: list[BadSample] = dataclasses.field(default_factory=list)
@@ -187,7 +187,10 @@ class _Round:
             images.append(image)
             hashes.append(samples.hashes[position])
         keys = np.array(hashes, np.uint64)
-        made = views.make_views(images, keys, spec=self.data.views, seed=seed, epoch=epoch)
+        spec = self.data.views
+        if spec.photometric_on == "worker":
+            spec = views.crops_only(spec)
+        made = views.make_views(images, keys, spec=spec, seed=seed, epoch=epoch)
         return Batch(step, made, keys, bad)
 
 

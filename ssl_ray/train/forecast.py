@@ -10,7 +10,7 @@ import torch
 
 from ssl_ray import plan, stream
 from ssl_ray.config import Config
-from ssl_ray.train.loop import compute_loss, make_network
+from ssl_ray.train.loop import compute_loss, make_network, views_on
 from ssl_ray.train.optim import build_optimizer
 from ssl_ray.train.pretrain import located, open_data, plan_schedule
 
@@ -83,7 +83,7 @@ def _probe(config: Config, data: stream.TrainingData, network: Any, *, steps: in
     for batch in batches:
         made = time.monotonic()
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16):
-            z = network(torch.from_numpy(batch.views).to(device))
+            z = network(views_on(device, batch, spec=config.views, seed=config.seed, epoch=0))
         loss = compute_loss(z, config.loss, group=None).total
         loss.backward()
         optimizer.step()

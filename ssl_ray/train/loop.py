@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_ray import losses, storage
-from ssl_ray.config import Config, Loss
+from ssl_ray.config import Config, Loss, Views
 from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, TrainingError
 from ssl_ray.model import Network, build_network, default_generator_lock
 from ssl_ray.philox import DROPOUT, philox
@@ -26,6 +26,7 @@ from ssl_ray.stream import BadSample, Batch
 from ssl_ray.train import checkpoint, runs
 from ssl_ray.train.optim import build_optimizer, learning_rate
 from ssl_ray.train.writer import Writer
+from ssl_ray.views.device import photometrics
 
 HEALTH_EVERY = 10
 """Steps between two looks at the spread of the embeddings."""
@@ -110,8 +111,19 @@ def distribute(network: Network, *, views_shape: tuple[int, ...], device: torch.
     return ddp
 
 
+def views_on(device: torch.device, batch: Batch, *, spec: Views, seed: int, epoch: int) -> Tensor:
+    """uint8 [B, m, C, H, W] on `device`: the views of a batch, whose crops are finished there if `spec` says so."""
+    views = torch.from_numpy(batch.views).to(device)
+    if spec.photometric_on == "worker":
+        views = photometrics(views, batch.hashes, spec=spec, seed=seed, epoch=epoch)
+    return views
+
+
 def views_digest(views: np.ndarray) -> int:
-    """The sum modulo 2**64 of a 64-bit hash (blake2b, little endian) of every sample's views; views [B, m, C, H, W]."""
+    """The sum modulo 2**64 of a 64-bit hash (blake2b, little endian) of every sample's views; views [B, m, C, H, W].
+
+    They are those that reach the worker: crops, if it does the rest itself (views.photometric_on=worker).
+    """
     hashes = (hashlib.blake2b(sample.tobytes(), digest_size=8).digest() for sample in views)
     return sum(int.from_bytes(digest, "little") for digest in hashes) % 2**64
 
@@ -244,7 +256,8 @@ def train(
             lr = learning_rate(step, peak=config.optim.lr, warmup_steps=warmup_steps, total_steps=schedule.total_steps)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
-            views = torch.from_numpy(batch.views).to(device)
+            epoch = step // schedule.steps_per_epoch
+            views = views_on(device, batch, spec=config.views, seed=config.seed, epoch=epoch)
             with default_generator_lock, torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16):
                 torch.manual_seed(_step_seed(config.seed, step, rank=rank))
                 z = module(views)
@@ -256,7 +269,7 @@ def train(
                 raise TrainingError(_not_finite(f"the loss ({loss})", step, saved))
             optimizer.step()
 
-            record = {"step": step, "epoch": step // schedule.steps_per_epoch, "loss": loss}
+            record = {"step": step, "epoch": epoch, "loss": loss}
             record |= {name: value.item() for name, value in terms.terms.items()}
             record |= {"lr": lr, "images": config.train.batch, "views": config.train.batch * config.views.count}
             if step % HEALTH_EVERY == 0:

@@ -1,8 +1,19 @@
-"""Encoded images to uint8 views."""
+"""Encoded images to uint8 views; device.py, which needs torch, makes them or a part of that on a device."""
 
 from ssl_ray.views.decode import UndecodableImage, decode
-from ssl_ray.views.make import load, make_views, plain
+from ssl_ray.views.make import crops_only, load, make_views, plain
 from ssl_ray.views.params import ViewParams, draw, least_pixels
 from ssl_ray.views.preview import preview
 
-__all__ = ["UndecodableImage", "ViewParams", "decode", "draw", "least_pixels", "load", "make_views", "plain", "preview"]
+__all__ = [
+    "UndecodableImage",
+    "ViewParams",
+    "crops_only",
+    "decode",
+    "draw",
+    "least_pixels",
+    "load",
+    "make_views",
+    "plain",
+    "preview",
+]

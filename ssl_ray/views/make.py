@@ -1,5 +1,6 @@
 """Views of a batch: parameters drawn, then one call of the compiled kernel, which is loaded when first used."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,11 @@ def make_views(images: Sequence[np.ndarray], hashes: np.ndarray, *, spec: Views,
     heights, widths = _sizes(images)
     params = draw(spec, seed=seed, epoch=epoch, hashes=hashes, heights=heights, widths=widths)
     return views_of(images, params, size_px=spec.size_px, channels=spec.channels)
+
+
+def crops_only(spec: Views) -> Views:
+    """`spec` without blur, colours and solarisation: crops, resized and flipped, to which device.photometrics does the rest."""
+    return dataclasses.replace(spec, jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
 
 
 def plain(images: Sequence[np.ndarray], *, size_px: int) -> np.ndarray:
