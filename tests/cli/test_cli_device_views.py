@@ -5,10 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from cli_harness import SMALL
 from safetensors.numpy import load_file
 
+from ssl_ray import plan, stream
+from ssl_ray.config import build
 from ssl_ray.errors import TrainingError
 from ssl_ray.train import loop
+from ssl_ray.train.pretrain import open_data
 
 KEYS = ("train.steps=12", "checkpoint.every_steps=4", "train.digest=true", "views.blur=0.5", "views.solarize=0.2")
 """Of two epochs and more: 96 images less a tenth, 16 in a batch."""
@@ -69,6 +74,24 @@ def test_views_are_those_made_with_the_data_to_rounding_and_the_run_is_another(t
         difference = np.abs(data.astype(int) - worker)
         assert 0 < difference.max() <= 3
         assert difference.mean() < 0.3
+
+
+def test_workers_make_the_views_of_one_worker(packed):
+    config = build({}, [*SMALL, *KEYS, f"data.uri={packed}", "views.photometric_on=worker"])
+    data, _ = open_data(config)
+
+    def views_of(rank: int, workers: int) -> list[np.ndarray]:
+        lanes = plan.lanes_of(rank, workers, data.plan.lanes)
+        batches = stream.local_batches(data, lanes=lanes, first_step=0, stop_step=12)
+        epochs = [step // data.plan.steps_per_epoch for step in range(12)]
+        on = {"spec": config.views, "seed": config.seed}
+        made = zip(batches, epochs, strict=True)
+        return [loop.views_on(torch.device("cpu"), batch, epoch=epoch, **on).numpy() for batch, epoch in made]
+
+    alone = views_of(0, 1)
+    for workers in (2, 3):
+        shares = [views_of(rank, workers) for rank in range(workers)]
+        assert all(np.array_equal(np.concatenate(parts), whole) for *parts, whole in zip(*shares, alone, strict=True))
 
 
 def test_a_plan_takes_its_steps(cli, packed):
