@@ -1,0 +1,50 @@
+"""Images for the benchmarks: the photographs that come with scikit-learn and scikit-image, at the size that is asked for."""
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+NAMES = ("astronaut", "chelsea", "coffee", "rocket")
+"""Of scikit-image."""
+
+
+def photographs() -> list[Image.Image]:
+    """Six of 300 to 512 pixels in height; the two of scikit-learn alone where scikit-image is not installed."""
+    found = list(load_sample_images().images)
+    try:
+        from skimage import data
+    except ImportError:
+        pass
+    else:
+        found += [getattr(data, name)() for name in NAMES]
+    return [Image.fromarray(pixels) for pixels in found]
+
+
+def _pieces(count: int, width: int, height: int, *, smallest: float) -> Iterator[Image.Image]:
+    """Of each photograph by turns: a piece of it with the ratio width : height, at least `smallest` of the largest possible."""
+    rng, all_of_them = np.random.default_rng(0), photographs()
+    for i in range(count):
+        photograph = all_of_them[i % len(all_of_them)]
+        unit = min(photograph.width / width, photograph.height / height) * rng.uniform(smallest, 1)
+        left, top = rng.uniform(0, photograph.width - width * unit), rng.uniform(0, photograph.height - height * unit)
+        box = (left, top, left + width * unit, top + height * unit)
+        yield photograph.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def large(count: int) -> list[bytes]:
+    """JPEG of 500x375 pixels, quality 90: the usual size of an image of ImageNet."""
+    return [_encoded(piece, "JPEG", quality=90) for piece in _pieces(count, 500, 375, smallest=0.9)]
+
+
+def small(count: int) -> list[bytes]:
+    """PNG of 32x32 pixels, as `ssl-ray data pack` stores CIFAR-10."""
+    return [_encoded(piece, "PNG") for piece in _pieces(count, 32, 32, smallest=0.2)]
+
+
+def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, kind, **options)
+    return sink.getvalue()

@@ -1,0 +1,53 @@
+"""The frame of the benchmarks: what its numbers mean, and what it says when asked for what there is not."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "benchmarks"
+_spec = importlib.util.spec_from_file_location("timing", FOLDER / "timing.py")
+assert _spec is not None
+assert _spec.loader is not None
+timing = importlib.util.module_from_spec(_spec)
+sys.modules["timing"] = timing  # dataclasses look it up
+_spec.loader.exec_module(timing)
+
+
+def test_a_row_has_medians_of_each_side_their_ratio_and_quartiles_of_the_turns():
+    row = timing.row("w", [1.0, 2.0, 4.0], [10.0, 10.0, 24.0], peer="p 1.0", unit="view", cores=2)
+    assert (row.ours_s, row.peer_s, row.ratio) == (2.0, 10.0, 5.0)
+    assert row.spread == (5.0, 10.0)  # of 10, 5 and 6
+    assert timing.table([row]).splitlines()[-1] == "| w | p 1.0 | 2 | 2 s a view | 10 s | 5.00 x | 5.00 to 10 |"
+
+
+def test_sides_take_turns_after_one_that_does_not_count_and_seconds_are_for_a_unit(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def side(name: str, seconds: float):
+        def call() -> None:
+            calls.append(name)
+            clock[0] += seconds if calls.count(name) > 1 else 1000.0
+
+        return call
+
+    peers = {"a": side("a", 8.0), "b": side("b", 3.0)}
+    rows = timing.alternate("w", side("ours", 2.0), peers, unit="view", count={"ours": 4, "a": 1, "b": 2}.__getitem__, turns=3)
+    assert calls == ["ours", "a", "b"] * 4
+    assert [(row.peer, row.ours_s, row.peer_s, row.ratio) for row in rows] == [("a", 0.5, 8.0, 16.0), ("b", 0.5, 1.5, 3.0)]
+
+
+def test_a_peer_that_is_not_there_is_a_row_that_says_so():
+    row = timing.skipped("w", "ffcv", "No module named 'ffcv'", cores=2)
+    assert timing.table([row]).splitlines()[-1] == "| w | ffcv: not run (No module named 'ffcv') | 2 | | | | |"
+
+
+@pytest.mark.parametrize("option", [["views", "vews"], ["vews"]])
+def test_a_benchmark_that_does_not_exist_is_refused_with_what_there_is(option):
+    done = subprocess.run([sys.executable, str(FOLDER), *option], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "no benchmark vews. There are: " in done.stderr
+    assert "views" in done.stderr
