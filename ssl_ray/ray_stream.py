@@ -26,6 +26,8 @@ from ssl_ray.stream import BadSample, Batch, TrainingData, round_batches
 
 SCHEDULING_PAUSE_S = 0.02
 """Between two turns of Ray Data's scheduling loop, which runs in a thread of the training process."""
+WAITING_PAUSE_S = 0.1
+"""The same while two or more finished blocks wait for the trainer. A turn takes more than a millisecond of its interpreter."""
 
 
 def to_table(batch: Batch) -> pa.Table:
@@ -111,7 +113,8 @@ class _Pace(ExecutionCallback):
     take half of the interpreter's time from the thread that trains (seen with Ray 2.60)."""
 
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(SCHEDULING_PAUSE_S)
+        _, output = executor._output_node
+        time.sleep(WAITING_PAUSE_S if output.output_queue.num_blocks >= 2 else SCHEDULING_PAUSE_S)
 
 
 def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int, cpus: float):
