@@ -1,7 +1,7 @@
 """The batches of one worker through Ray Data: made in tasks, rounds ahead of training, in the order of the plan.
 
-One task only counts rounds; a task for each round does the work of stream.round_batches. A batch crosses processes as one
-row of an Arrow table whose bytes are not copied on the way in or out.
+One task only counts rounds; a task for each round does the work of stream.round_blocks. A block of some steps crosses
+processes as one row of an Arrow table: its bytes are copied into the object store, and read there.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from ray.data.block import BlockMetadata
 from ssl_ray import errors, plan
 from ssl_ray.errors import SslRayError
 from ssl_ray.plan import EpochOrder
-from ssl_ray.stream import BadSample, Batch, TrainingData, round_batches
+from ssl_ray.stream import BadSample, Batch, Block, TrainingData, round_blocks, steps_in_block
 
 SCHEDULING_PAUSE_S = 0.02
 """Between two turns of Ray Data's scheduling loop, which runs in a thread of the training process."""
@@ -30,24 +30,24 @@ WAITING_PAUSE_S = 0.1
 """The same while two or more finished blocks wait for the trainer. A turn takes more than a millisecond of its interpreter."""
 
 
-def to_table(batch: Batch) -> pa.Table:
+def to_table(block: Block) -> pa.Table:
     """One row; the views' bytes are not copied."""
-    size = batch.views.nbytes
+    size = block.views.nbytes
     offsets = pa.py_buffer(np.array([0, size], np.int64))
-    data = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(np.ascontiguousarray(batch.views))])
+    data = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(block.views)])
     columns = {
-        "step": pa.array([batch.step]),
+        "first_step": pa.array([block.first_step]),
         "views": data,
-        "shape": pa.array([list(batch.views.shape)]),
-        "hashes": pa.array([batch.hashes]),
-        "bad": pa.array([json.dumps([dataclasses.asdict(bad) for bad in batch.bad])]),
+        "shape": pa.array([list(block.views.shape)]),
+        "hashes": pa.array([block.hashes.ravel()]),
+        "bad": pa.array([json.dumps([[dataclasses.asdict(sample) for sample in bad] for bad in block.bad])]),
         "error": pa.array([None], pa.string()),
     }
     return pa.table(columns)
 
 
 def _error_table(error: SslRayError) -> pa.Table:
-    empty = to_table(Batch(-1, np.zeros((0, 0, 0, 0, 0), np.uint8), np.zeros(0, np.uint64)))
+    empty = to_table(Block(-1, np.zeros((0,) * 6, np.uint8), np.zeros((0, 0), np.uint64), []))
     text = pa.array([json.dumps([type(error).__name__, str(error)])])
     return empty.set_column(empty.schema.get_field_index("error"), "error", text)
 
@@ -63,9 +63,9 @@ def from_table(table: pa.Table) -> Iterator[Batch]:
         shape, cell = row["shape"][0].as_py(), row["views"].chunk(0)
         start = np.frombuffer(cell.buffers()[1], np.int64)[cell.offset]
         made = np.frombuffer(cell.buffers()[2], np.uint8, count=int(np.prod(shape)), offset=start).reshape(shape)
-        hashes = np.array(row["hashes"][0].as_py(), np.uint64)
-        bad = [BadSample(**sample) for sample in json.loads(row["bad"][0].as_py())]
-        yield Batch(row["step"][0].as_py(), made, hashes, bad)
+        hashes = row["hashes"].chunk(0).flatten().to_numpy().reshape(shape[:2])
+        bad = [[BadSample(**sample) for sample in samples] for samples in json.loads(row["bad"][0].as_py())]
+        yield from Block(row["first_step"][0].as_py(), made, hashes, bad).batches()
 
 
 @functools.lru_cache(maxsize=2)
@@ -87,8 +87,9 @@ def _work_round(table: pa.Table, *, reference: Any, lanes: range) -> Iterator[pa
     work = {key: values[0] for key, values in table.to_pydict().items()}
     try:
         order = fetch_order(reference, work.pop("epoch"))
-        for batch in round_batches(fetch(reference), order, **work, lanes=lanes):
-            yield to_table(batch)
+        data = fetch(reference)
+        for block in round_blocks(data, order, **work, lanes=lanes, steps=steps_in_block(data, len(lanes))):
+            yield to_table(block)
     except SslRayError as error:
         # Raised here, Ray would try the task again and wrap the message in its own.
         yield _error_table(error)
@@ -117,10 +118,11 @@ class _Pace(ExecutionCallback):
         time.sleep(WAITING_PAUSE_S if output.output_queue.num_blocks >= 2 else SCHEDULING_PAUSE_S)
 
 
-def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int, cpus: float):
+def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int, cpus: float, store: int):
     """A Ray Dataset of the batches of one worker; `reference` holds the TrainingData in the object store.
 
-    cpus: this stream's share of the cluster: two rounds are made at a time, half of it each.
+    cpus, store: this stream's share of the cluster: two rounds are made at a time, half of `cpus` each, and wait for the
+    trainer in `store` bytes of the object store, more or less a block.
     """
 
     count = functools.partial(_count_rounds, reference, first_step, stop_step)
@@ -128,17 +130,17 @@ def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int,
     context.custom_execution_callback_classes = [_Pace]
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    context.target_max_block_size = 1  # a block for each step: training begins with the first, not with the last
+    context.target_max_block_size = 1  # each row that a task yields is a block of its own
     counting = 0.01
-    rounds = ray.data.read_datasource(_Rounds(count), override_num_blocks=1, ray_remote_args={"num_cpus": counting})
-    stream = rounds.repartition(target_num_rows_per_block=1).map_batches(
+    rounds = ray.data.read_datasource(_Rounds(count), override_num_blocks=1, num_cpus=counting)
+    stream = rounds.map_batches(
         _work_round,
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=(cpus - 2 * counting) / 2,
+        num_cpus=(cpus - counting) / 2,
         fn_kwargs={"reference": reference, "lanes": lanes},
     )
-    stream.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=cpus)
+    stream.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=cpus, object_store_memory=store)
     return stream
 
 

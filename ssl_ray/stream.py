@@ -1,12 +1,13 @@
 """The batches of one worker, in the order of the plan, made in this process; ray_stream.py makes them through Ray Data.
 
-Both run the same generator, `round_batches`: it reads a round's samples by ranged requests, decodes each image once,
-makes its views and yields one batch a step. Which samples and views a batch holds follows from the plan alone, so the
-stream may begin at any step, for any share of the lanes, in any process.
+Both run the same generator, `round_blocks`: it reads a round's samples by ranged requests, decodes each image once,
+makes its views and yields them in blocks of some steps. Which samples and views a batch holds follows from the plan alone, so
+the stream may begin at any step, for any share of the lanes, in any process.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,6 +19,9 @@ from ssl_ray.config import Views
 from ssl_ray.errors import DataError
 from ssl_ray.plan import EpochOrder, Plan
 from ssl_ray.shards import Manifest, Samples
+
+BLOCK_BYTES = 32 * 2**20
+"""Steps share a block up to this size: each block costs about 10 ms of CPU in Ray, however small."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,23 @@ class Batch:
     """uint64 [B]: of the samples that the plan names, in order."""
     bad: list[BadSample] = dataclasses.field(default_factory=list)
     """Those of them that another image stands in for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One worker's share of n consecutive steps, made together."""
+
+    first_step: int
+    views: np.ndarray
+    """uint8 [n, B, m, C, H, W]."""
+    hashes: np.ndarray
+    """uint64 [n, B]."""
+    bad: list[list[BadSample]]
+    """Of each step."""
+
+    def batches(self) -> Iterator[Batch]:
+        for i, bad in enumerate(self.bad):
+            yield Batch(self.first_step + i, self.views[i], self.hashes[i], bad)
 
 
 def prepare(
@@ -137,7 +158,8 @@ class _Round:
     def __init__(self, data: TrainingData, where: tuple[np.ndarray, np.ndarray], *, first_k: int):
         self.data, self.first_k = data, first_k
         self.shards, self.rows = where  # [steps, lanes, G / L]
-        self.per_lane = self.shards.shape[2]
+        _, self.lanes, self.per_lane = self.shards.shape
+        self.least_pixels = views.least_pixels(data.views)
         self.samples = self._read(slice(first_k, None))
 
     def _read(self, steps: slice) -> Samples:
@@ -149,7 +171,7 @@ class _Round:
 
     def _sample(self, k: int, lane: int, j: int) -> tuple[Samples, int]:
         samples, step = (self.samples, k - self.first_k) if k >= self.first_k else (self._earlier, k)
-        return samples, int(np.ravel_multi_index((step, lane, j), (len(self.shards), *self.shards.shape[1:])))
+        return samples, (step * self.lanes + lane) * self.per_lane + j
 
     def image(self, k: int, lane: int, j: int) -> np.ndarray | str:
         """uint8 [C, H, W], or why there is none."""
@@ -158,8 +180,7 @@ class _Round:
         if data is None:
             return samples.problems[position]
         try:
-            spec = self.data.views
-            return views.decode(data, channels=spec.channels, least_pixels=views.least_pixels(spec))
+            return views.decode(data, channels=self.data.views.channels, least_pixels=self.least_pixels)
         except views.UndecodableImage as error:
             return str(error)
 
@@ -174,35 +195,62 @@ class _Round:
         name = self.data.manifest.names[int(self.shards[k, lane, j])]
         raise DataError(f"{name}: no sample of a whole round of a lane can be read. Run `ssl-ray data check URI`.")
 
-    def batch(self, step: int, k: int, *, seed: int, epoch: int) -> Batch:
+    def images(self, k: int) -> tuple[list[np.ndarray], np.ndarray, list[BadSample]]:
+        """Those of a step, uint8 [C, H, W] each, their hashes, uint64 [B], and which of them are stand-ins."""
         images: list[np.ndarray] = []
-        hashes, bad = [], []
-        for lane, j in np.ndindex(self.shards.shape[1:]):
-            samples, position = self._sample(k, lane, j)
+        bad: list[BadSample] = []
+        for lane, j in itertools.product(range(self.lanes), range(self.per_lane)):
             image = self.image(k, lane, j)
             if isinstance(image, str):
+                samples, position = self._sample(k, lane, j)
                 name = self.data.manifest.names[int(self.shards[k, lane, j])].as_py()
                 bad.append(BadSample(name, samples.keys[position], image))
                 image = self.stand_in(k, lane, j)
             images.append(image)
-            hashes.append(samples.hashes[position])
-        keys = np.array(hashes, np.uint64)
-        spec = self.data.views
-        if spec.photometric_on == "worker":
-            spec = views.crops_only(spec)
-        made = views.make_views(images, keys, spec=spec, seed=seed, epoch=epoch)
-        return Batch(step, made, keys, bad)
+        samples, first = self._sample(k, 0, 0)
+        return images, samples.hashes[first : first + len(images)], bad
 
 
-def round_batches(
-    data: TrainingData, order: EpochOrder, *, round: int, first_k: int, stop_k: int, lanes: range
-) -> Iterator[Batch]:
-    """The batches of steps `first_k` to `stop_k` of a round, for a block of lanes. `order` is that of the epoch."""
+def step_bytes(data: TrainingData, lanes: int) -> int:
+    """Of the views of a step, for a worker with so many lanes."""
+    spec = data.views
+    return lanes * data.plan.batch // data.plan.lanes * spec.count * spec.channels * spec.size_px**2
+
+
+def steps_in_block(data: TrainingData, lanes: int) -> int:
+    """Steps that a worker with so many lanes gets at a time through Ray."""
+    return max(1, min(data.plan.steps_per_round, BLOCK_BYTES // step_bytes(data, lanes)))
+
+
+def store_bytes(data: TrainingData, lanes: int, *, share: int | None = None) -> int:
+    """Views of a worker with so many lanes that may wait in Ray's object store: two rounds, at least four blocks.
+
+    While the first of two rounds is trained on, the second can be made whole: with less room its task would have to wait.
+    share: the worker's part of the object store, which is not to be exceeded but for four steps.
+    """
+    step = step_bytes(data, lanes)
+    wanted = max(2 * data.plan.steps_per_round * step, 4 * max(BLOCK_BYTES, step))
+    return wanted if share is None else max(4 * step, min(share, wanted))
+
+
+def round_blocks(
+    data: TrainingData, order: EpochOrder, *, round: int, first_k: int, stop_k: int, lanes: range, steps: int
+) -> Iterator[Block]:
+    """Steps `first_k` to `stop_k` of a round for a range of lanes, `steps` in a block. `order` is that of the epoch."""
     where = plan.worker_round(data.plan, order, round, lanes)
     samples = _Round(data, _locate(data, where.chunks, where.ranks), first_k=first_k)
     before = order.epoch * data.plan.steps_per_epoch + round * data.plan.steps_per_round
-    for k in range(first_k, stop_k):
-        yield samples.batch(before + k, k, seed=data.plan.seed, epoch=order.epoch)
+    spec = data.views if data.views.photometric_on == "data" else views.crops_only(data.views)
+    per_step = len(lanes) * data.plan.batch // data.plan.lanes
+    for first in range(first_k, stop_k, steps):
+        ks = range(first, min(first + steps, stop_k))
+        made = np.empty((len(ks), per_step, spec.count, spec.channels, spec.size_px, spec.size_px), np.uint8)
+        hashes, bad = np.empty((len(ks), per_step), np.uint64), []
+        for i, k in enumerate(ks):
+            images, hashes[i], found = samples.images(k)
+            views.make_views(images, hashes[i], spec=spec, seed=data.plan.seed, epoch=order.epoch, out=made[i])
+            bad.append(found)
+        yield Block(before + first, made, hashes, bad)
 
 
 def local_batches(data: TrainingData, *, lanes: range, first_step: int, stop_step: int) -> Iterator[Batch]:
@@ -211,7 +259,9 @@ def local_batches(data: TrainingData, *, lanes: range, first_step: int, stop_ste
     for work in plan.rounds_of(data.plan, first_step, stop_step):
         if order is None or order.epoch != work.epoch:
             order = plan.epoch_order(data.plan, work.epoch)
-        yield from round_batches(data, order, round=work.round, first_k=work.first_k, stop_k=work.stop_k, lanes=lanes)
+        round, first_k, stop_k = work.round, work.first_k, work.stop_k
+        for block in round_blocks(data, order, round=round, first_k=first_k, stop_k=stop_k, lanes=lanes, steps=1):
+            yield from block.batches()
 
 
 def draw_preview(uri: str, *, spec: Views, seed: int, num_images: int) -> bytes:

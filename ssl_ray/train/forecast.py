@@ -46,12 +46,21 @@ def forecast(config: Config, *, probe_steps: int) -> dict[str, Any]:
         "weights": weights,
         "read_per_epoch_bytes": round(made.num_selected * mean_bytes),
         "reads_in_flight_per_worker_bytes": round(3 * made.steps_per_round * busiest * mean_bytes),
-        "views_per_step_and_worker_bytes": busiest * spec.count * spec.channels * spec.size_px**2,
+        "views_per_step_and_worker_bytes": stream.step_bytes(data, lanes),
+        "views_in_flight_per_worker_bytes": _views_in_flight(config, data, lanes),
         "checkpoint_bytes": 4 * _COPIES[config.optim.name] * weights,
     }
     if probe_steps:
         result |= _time(config, data, network, steps=probe_steps, share=busiest / made.batch, total=schedule.total_steps)
     return result
+
+
+def _views_in_flight(config: Config, data: stream.TrainingData, lanes: int) -> int:
+    """The most there are at a time: what waits in the object store, a block in each of two tasks, and the trainer's."""
+    step = stream.step_bytes(data, lanes)
+    if config.train.workers == 0:
+        return step
+    return stream.store_bytes(data, lanes) + 3 * stream.steps_in_block(data, lanes) * step
 
 
 def _time(config: Config, data: stream.TrainingData, network: Any, *, steps: int, share: float, total: int) -> dict[str, Any]:

@@ -31,11 +31,14 @@ class Resources:
     worker_cpus: float
     stream_cpus: float
     evaluate_cpus: float
+    stream_store: int
+    """Bytes of the object store."""
     gpus: bool
 
 
 def plan_resources(available: dict[str, float], *, workers: int, threads: int) -> Resources:
-    """Shares the cluster's CPUs out: half to the workers, the rest to their streams but for a read-out's part.
+    """Shares the cluster's CPUs out: half to the workers, the rest to their streams but for a read-out's part. Of the object
+    store the streams have half.
 
     Raises ResourceError, saying what is missing and what to set, where half a CPU a worker is not there.
     """
@@ -54,15 +57,16 @@ def plan_resources(available: dict[str, float], *, workers: int, threads: int) -
     evaluate = min(1.0, cpus / 8)
     share = (cpus - workers * worker - evaluate) / workers
     worker, share, evaluate = (int(value * 1000) / 1000 for value in (worker, share, evaluate))  # Ray's precision is .0001
-    return Resources(worker, share, evaluate, gpus=gpus >= workers)
+    store = int(available.get("object_store_memory", 0.0) / (2 * workers))
+    return Resources(worker, share, evaluate, store, gpus=gpus >= workers)
 
 
 class StreamConfig(ray.train.DataConfig):
     """Makes the workers' streams at every start of the worker group, from the committed position."""
 
-    def __init__(self, run: str, reference: Any, total_steps: int, stream_cpus: float):
+    def __init__(self, run: str, reference: Any, total_steps: int, resources: Resources):
         super().__init__(datasets_to_split=[])
-        self.run, self.reference, self.total_steps, self.stream_cpus = run, reference, total_steps, stream_cpus
+        self.run, self.reference, self.total_steps, self.resources = run, reference, total_steps, resources
 
     def configure(self, datasets, world_size, worker_handles=None, worker_node_ids=None, **_):
         attempt = runs.begin_attempt(self.run)
@@ -72,19 +76,19 @@ class StreamConfig(ray.train.DataConfig):
                 f"{runs.newest_failure(self.run)}\n"
                 "Ray's logs are in /tmp/ssl-ray-*/session_latest/logs on their machines. Lower memory use or checkpoint.every_s."
             )
-        lanes = ray_stream.fetch(self.reference).plan.lanes
-        return [
-            {
-                "train": ray_stream.ray_stream(
-                    self.reference,
-                    lanes=plan.lanes_of(rank, world_size, lanes),
-                    first_step=attempt.step,
-                    stop_step=self.total_steps,
-                    cpus=self.stream_cpus,
-                ).iterator()
-            }
-            for rank in range(world_size)
-        ]
+        data = ray_stream.fetch(self.reference)
+        shares = [plan.lanes_of(rank, world_size, data.plan.lanes) for rank in range(world_size)]
+        return [{"train": self._stream(data, lanes, attempt.step).iterator()} for lanes in shares]
+
+    def _stream(self, data: stream.TrainingData, lanes: range, first_step: int):
+        return ray_stream.ray_stream(
+            self.reference,
+            lanes=lanes,
+            first_step=first_step,
+            stop_step=self.total_steps,
+            cpus=self.resources.stream_cpus,
+            store=stream.store_bytes(data, len(lanes), share=self.resources.stream_store),
+        )
 
 
 class KeepFailures(ray.train.UserCallback):
@@ -157,7 +161,7 @@ def train(
         work,
         train_loop_config={"config": config, "run": run, "schedule": schedule},
         datasets={"train": ray.data.range(1)},
-        dataset_config=StreamConfig(run, reference, schedule.total_steps, resources.stream_cpus),
+        dataset_config=StreamConfig(run, reference, schedule.total_steps, resources),
         torch_config=TorchConfig(timeout_s=300),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.train.workers,

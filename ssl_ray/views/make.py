@@ -10,14 +10,17 @@ from ssl_ray.views.linear import COLOUR_MAPS, LUMA, blur_radius
 from ssl_ray.views.params import ViewParams, draw
 
 
-def make_views(images: Sequence[np.ndarray], hashes: np.ndarray, *, spec: Views, seed: int, epoch: int) -> np.ndarray:
+def make_views(
+    images: Sequence[np.ndarray], hashes: np.ndarray, *, spec: Views, seed: int, epoch: int, out: np.ndarray | None = None
+) -> np.ndarray:
     """uint8 [B, m, C, size, size]: the views of B images, uint8 [C, H, W] each, with hashes uint64 [B].
 
+    out: an array of that shape, contiguous, to write them to.
     Images may lie in memory as they like; as `decode` gives them, the colours of a pixel together, is fastest.
     """
     heights, widths = _sizes(images)
     params = draw(spec, seed=seed, epoch=epoch, hashes=hashes, heights=heights, widths=widths)
-    return views_of(images, params, size_px=spec.size_px, channels=spec.channels)
+    return views_of(images, params, size_px=spec.size_px, channels=spec.channels, out=out)
 
 
 def crops_only(spec: Views) -> Views:
@@ -56,14 +59,19 @@ def load() -> None:
     png.load()
 
 
-def views_of(images: Sequence[np.ndarray], params: ViewParams, *, size_px: int, channels: int) -> np.ndarray:
-    """uint8 [B, m, C, size, size]: the views with parameters [B, m], whose crops lie inside their images."""
+def views_of(
+    images: Sequence[np.ndarray], params: ViewParams, *, size_px: int, channels: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """uint8 [B, m, C, size, size]: the views with parameters [B, m], whose crops lie inside their images; in `out` if given."""
     from ssl_ray.views import kernel  # here, since numba takes .3 s to import and most commands make no views
 
     for image in images:  # the kernel reads memory by its address
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != channels:
             raise ValueError(f"an image must be uint8 [{channels}, H, W], got {image.dtype} {list(image.shape)}")
-    views = np.empty((*params.top.shape, channels, size_px, size_px), np.uint8)
+    shape = (*params.top.shape, channels, size_px, size_px)
+    views = np.empty(shape, np.uint8) if out is None else out
+    if views.shape != shape or views.dtype != np.uint8 or not views.flags.c_contiguous:
+        raise ValueError(f"out must be uint8 {list(shape)}, contiguous, got {views.dtype} {list(views.shape)}")
     kernel.load()(
         np.array([image.__array_interface__["data"][0] for image in images], np.int64),
         np.array([image.strides for image in images], np.int64).reshape(-1, 3),

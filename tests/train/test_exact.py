@@ -219,6 +219,16 @@ def test_sigterm_while_ray_starts_ends_with_130_and_leaves_nothing_behind(after_
     assert not list(Path("/tmp").glob(f"ssl-ray-{victim.driver.pid}-*"))
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_first_steps_of_a_run_of_a_hundred_thousand_rounds_come_at_once(cluster, faults, tmp_path):
+    # With a round an epoch. Rounds are counted far ahead of training, which must not keep them from being made.
+    victim = Victim(tmp_path / "run", 2, faults=faults, env=cluster, keys=("train.steps=null", "train.epochs=100000"))
+    victim.reach(60)
+    victim.driver.terminate()
+    assert finish(victim.driver)[0] == 130
+
+
 def test_a_step_is_in_the_metrics_once_with_what_scripts_rely_on(undisturbed):
     seen = records(undisturbed(2))
     assert [record["step"] for record in seen] == list(range(STEPS))
