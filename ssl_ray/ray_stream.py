@@ -24,10 +24,13 @@ from ssl_ray.errors import SslRayError
 from ssl_ray.plan import EpochOrder
 from ssl_ray.stream import BadSample, Batch, Block, TrainingData, round_blocks, steps_in_block
 
-SCHEDULING_PAUSE_S = 0.02
+SCHEDULING_PAUSE_S = 0.05
 """Between two turns of Ray Data's scheduling loop, which runs in a thread of the training process."""
 WAITING_PAUSE_S = 0.1
 """The same while two or more finished blocks wait for the trainer. A turn takes more than a millisecond of its interpreter."""
+
+ROUNDS_AT_ONCE, COUNTED_STEPS_PER_S = 32, 100
+"""So many rounds are counted at once, the others at this rate, which few trainers reach: Ray spends 5 ms of CPU on each."""
 
 
 def to_table(block: Block) -> pa.Table:
@@ -79,7 +82,9 @@ def fetch_order(reference: Any, epoch: int) -> EpochOrder:
 
 
 def _count_rounds(reference: Any, first_step: int, stop_step: int) -> Iterator[pa.Table]:
-    for work in plan.rounds_of(fetch(reference).plan, first_step, stop_step):
+    for number, work in enumerate(plan.rounds_of(fetch(reference).plan, first_step, stop_step)):
+        if number >= ROUNDS_AT_ONCE:
+            time.sleep((work.stop_k - work.first_k) / COUNTED_STEPS_PER_S)
         yield pa.table({key: [value] for key, value in dataclasses.asdict(work).items()})
 
 
@@ -109,11 +114,17 @@ class _Rounds(Datasource):
         return [ReadTask(self.count, unknown)]
 
 
-class _Pace(ExecutionCallback):
-    """Lets Ray Data's scheduling loop rest. While finished blocks wait for the trainer it would run without a pause, and
-    take half of the interpreter's time from the thread that trains (seen with Ray 2.60)."""
+class _Scheduling(ExecutionCallback):
+    """What Ray Data's scheduling loop needs to serve several streams beside training (seen with Ray 2.60)."""
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Each stream takes the CPUs that it was given. Ray would deal what is free in whole numbers: of two CPUs, one of
+        them the trainers', two streams would get none, and one task at a time where no other runs."""
+        executor._resource_manager._get_total_resources = ray.data.ExecutionResources.for_limits
 
     def on_execution_step(self, executor: Any) -> None:
+        """Lets the loop rest. While finished blocks wait for the trainer it would run without a pause, and take half of the
+        interpreter's time from the thread that trains."""
         _, output = executor._output_node
         time.sleep(WAITING_PAUSE_S if output.output_queue.num_blocks >= 2 else SCHEDULING_PAUSE_S)
 
@@ -127,7 +138,7 @@ def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int,
 
     count = functools.partial(_count_rounds, reference, first_step, stop_step)
     context = ray.data.DataContext.get_current()
-    context.custom_execution_callback_classes = [_Pace]
+    context.custom_execution_callback_classes = [_Scheduling]
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # each row that a task yields is a block of its own
@@ -138,9 +149,11 @@ def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int,
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=(cpus - counting) / 2,
+        concurrency=2,
         fn_kwargs={"reference": reference, "lanes": lanes},
     )
-    stream.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=cpus, object_store_memory=store)
+    # Ray Data keeps a quarter of the limit for counting as long as that lasts: the rest must be enough for two tasks.
+    stream.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=2 * cpus, object_store_memory=store)
     return stream
 
 

@@ -229,7 +229,7 @@ def store_bytes(data: TrainingData, lanes: int, *, share: int | None = None) -> 
     share: the worker's part of the object store, which is not to be exceeded but for four steps.
     """
     step = step_bytes(data, lanes)
-    wanted = max(2 * data.plan.steps_per_round * step, 4 * max(BLOCK_BYTES, step))
+    wanted = max(4 * data.plan.steps_per_round * step, 4 * max(BLOCK_BYTES, step))
     return wanted if share is None else max(4 * step, min(share, wanted))
 
 

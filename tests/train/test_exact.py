@@ -101,6 +101,8 @@ class Victim:
         return json.loads((self.uri / "summary.json").read_text())
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_run_in_this_process_equals_that_of_one_worker_through_ray(undisturbed):
     assert_same(undisturbed(0), undisturbed(1))
 
