@@ -269,7 +269,11 @@ def pool(channels: int) -> tuple[list[np.ndarray], np.ndarray]:
     return [noise(channels, *size, seed=i) for i, size in enumerate(POOL_SIZES)], hashes_of(len(POOL_SIZES))
 
 
-@pytest.fixture(scope="module", params=itertools.product([(1, 28), (3, 32), (3, 45)], [make_views, numpy_views]), ids=str)
+@pytest.fixture(
+    scope="module",
+    params=itertools.product([(1, 28), (3, 32), (3, 45)], [make_views, numpy_views]),
+    ids=lambda given: f"{given[0][0]}-{given[0][1]}-{given[1].__name__}",
+)
 def alone(request):
     """What makes views, its options, images, hashes and the views of each image made in a batch of its own."""
     (channels, size_px), make = request.param
