@@ -223,13 +223,14 @@ def steps_in_block(data: TrainingData, lanes: int) -> int:
 
 
 def store_bytes(data: TrainingData, lanes: int, *, share: int | None = None) -> int:
-    """Views of a worker with so many lanes that may wait in Ray's object store: two rounds, at least four blocks.
+    """Views of a worker with so many lanes that may wait in Ray's object store: four rounds, at least four full blocks.
 
-    While the first of two rounds is trained on, the second can be made whole: with less room its task would have to wait.
+    While one round is trained on, the next can be made whole: of two rounds Ray Data keeps half for other ends, and the second
+    task waits.
     share: the worker's part of the object store, which is not to be exceeded but for four steps.
     """
     step = step_bytes(data, lanes)
-    wanted = max(4 * data.plan.steps_per_round * step, 4 * max(BLOCK_BYTES, step))
+    wanted = 4 * max(data.plan.steps_per_round * step, BLOCK_BYTES)
     return wanted if share is None else max(4 * step, min(share, wanted))
 
 
