@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,21 @@ def compiled(function: Callable[..., Any], signature: Any) -> Callable[..., Any]
     compiles anew when that one changes.
     """
     return _from_cache(function, signature) or njit(signature, nogil=True)(function)
+
+
+def loader(function: Callable[..., Any], signature: Any) -> Callable[[], Callable[..., Any]]:
+    """A function that gives `function` as machine code, made by `compiled` when it is first called. Safe in threads."""
+    lock = threading.Lock()
+    loaded: Callable[..., Any] | None = None
+
+    def load() -> Callable[..., Any]:
+        nonlocal loaded
+        if loaded is None:
+            with lock:
+                loaded = loaded or compiled(function, signature)
+        return loaded
+
+    return load
 
 
 def _from_cache(function: Callable[..., Any], signature: Any) -> Callable[..., Any] | None:

@@ -4,13 +4,11 @@ One view costs .2 us of one core, a quarter of numpy's time, and a small batch n
 """
 
 import math
-import threading
-from collections.abc import Callable
 
 import numpy as np
 from numba import types
 
-from ssl_ray.views.compiled import compiled, inner
+from ssl_ray.views.compiled import inner, loader
 
 TRIES = 10
 WORDS = 2 * TRIES + 12
@@ -103,13 +101,5 @@ _SIGNATURE = types.void(
     types.float64[:, :, ::1],
     types.boolean[:, :, ::1],
 )
-_lock = threading.Lock()
-_loaded: Callable[..., None] | None = None
-
-
-def load() -> Callable[..., None]:
-    """_draw as machine code. Safe in threads."""
-    global _loaded
-    with _lock:
-        _loaded = _loaded or compiled(_draw, _SIGNATURE)
-        return _loaded
+load = loader(_draw, _SIGNATURE)
+"""_draw as machine code."""

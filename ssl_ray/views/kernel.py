@@ -16,8 +16,6 @@ Memory beside the views: the bytes of one image, and 4 bytes for C * size_px * (
 """
 
 import math
-import threading
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +24,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ssl_ray.views.compiled import compiled, inner
+from ssl_ray.views.compiled import inner, loader
 
 LANES = 16
 """float32 in a vector; rows are worked in pieces of it, and buffers end with as many to spare."""
@@ -535,13 +533,5 @@ _SIGNATURE = types.void(
     types.int64,
     types.uint8[::1],
 )
-_lock = threading.Lock()
-_loaded: Callable[..., None] | None = None
-
-
-def load() -> Callable[..., None]:
-    """_batch as machine code: from the cache (a fraction of a second), else compiled (some seconds). Safe in threads."""
-    global _loaded
-    with _lock:
-        _loaded = _loaded or compiled(_batch, _SIGNATURE)
-        return _loaded
+load = loader(_batch, _SIGNATURE)
+"""_batch as machine code: from the cache (a fraction of a second), else compiled (some seconds)."""

@@ -5,14 +5,12 @@ to Pillow; what is read here, all checksums right, Pillow reads to the same pixe
 """
 
 import struct
-import threading
 import zlib
-from collections.abc import Callable
 
 import numpy as np
 from numba import types
 
-from ssl_ray.views.compiled import compiled, inner
+from ssl_ray.views.compiled import inner, loader
 
 _START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _HEADER, _CHUNK, _CHECKSUM = struct.Struct(">IIBBBBB"), struct.Struct(">I4s"), struct.Struct(">I")
@@ -105,14 +103,5 @@ def _unfilter(filtered, length, channels, pixels):
 
 
 _SIGNATURE = types.boolean(types.Array(types.uint8, 1, "C", readonly=True), types.int64, types.int64, types.uint8[::1])
-_lock = threading.Lock()
-_loaded: Callable[..., bool] | None = None
-
-
-def load() -> Callable[..., bool]:
-    """_unfilter as machine code. Safe in threads."""
-    global _loaded
-    if _loaded is None:
-        with _lock:
-            _loaded = _loaded or compiled(_unfilter, _SIGNATURE)
-    return _loaded
+load = loader(_unfilter, _SIGNATURE)
+"""_unfilter as machine code."""
