@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import small_images
+import photographs
 from timing import Row, alternate, named, skipped, use_cores
 
 from ssl_ray import shards, views
@@ -19,14 +19,13 @@ def rows() -> list[Row]:
     made: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("jpeg", "png"):
-            manifest = small_images.write_shards(Path(folder) / kind, count=COUNT, kind=kind)
+            manifest = photographs.write_shards(Path(folder) / kind, count=COUNT, kind=kind)
             made += _against(manifest, kind, Path(folder))
     return made
 
 
 def _against(manifest: shards.Manifest, kind: str, scratch: Path) -> list[Row]:
     what = f"samples of 32 px read and decoded, {kind}"
-    extension = kind
     peers = {}
     missing = []
     try:
@@ -35,7 +34,7 @@ def _against(manifest: shards.Manifest, kind: str, scratch: Path) -> list[Row]:
         files = [f"{manifest.data_uri}/{name}" for name in manifest.names.to_pylist()]
 
         def read_webdataset() -> None:
-            stream = webdataset.WebDataset(files, shardshuffle=False, empty_check=False).decode("rgb8").to_tuple(extension, "cls")
+            stream = webdataset.WebDataset(files, shardshuffle=False, empty_check=False).decode("rgb8").to_tuple(kind, "cls")
             assert sum(image.shape == (32, 32, 3) for image, _ in stream) == COUNT
 
         peers[named("webdataset")] = read_webdataset
@@ -45,7 +44,7 @@ def _against(manifest: shards.Manifest, kind: str, scratch: Path) -> list[Row]:
         import streaming
 
         local = scratch / f"mds-{kind}"
-        _write_mds(manifest, local, extension)
+        _write_mds(manifest, local, kind)
 
         def read_streaming() -> None:
             found = streaming.StreamingDataset(local=str(local), shuffle=False, batch_size=1)
@@ -69,7 +68,7 @@ def _decoded(manifest: shards.Manifest):
                 yield views.decode(data, channels=3)
 
 
-def _write_mds(manifest: shards.Manifest, local: Path, extension: str) -> None:
+def _write_mds(manifest: shards.Manifest, local: Path, kind: str) -> None:
     import io
 
     from PIL import Image
@@ -77,6 +76,6 @@ def _write_mds(manifest: shards.Manifest, local: Path, extension: str) -> None:
 
     everything = np.nonzero(np.arange(manifest.counts.max()) < manifest.counts[:, None])
     samples = shards.read_samples(manifest, *(axis.astype(np.int64) for axis in everything))
-    with MDSWriter(out=str(local), columns={"image": extension, "label": "int"}) as writer:
+    with MDSWriter(out=str(local), columns={"image": kind, "label": "int"}) as writer:
         for data, label in zip(samples.images, samples.labels.tolist(), strict=True):
             writer.write({"image": Image.open(io.BytesIO(data)), "label": label})

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import small_images
+import photographs
 from timing import Row, row, use_cores
 
 from ssl_ray import plan, stream, views
@@ -29,7 +29,7 @@ def rows() -> list[Row]:
 
 
 def _compare(folder: Path, *, size: int, images: int, source_px: int, batch: int, warm: int, steps: int) -> Row:
-    manifest = small_images.write_shards(folder, count=images, kind="jpeg", size=source_px)
+    manifest = photographs.write_shards(folder, count=images, kind="jpeg", size=source_px)
     keys = [f"views.size_px={size}", "views.count=8", f"train.batch={batch}", f"views.blur={0.5 if size > 64 else 0}"]
     data, _ = open_data(build({"data": {"uri": manifest.uri}}, keys))
     makers = {"twin": functools.partial(_local, data), "ray": functools.partial(_through_ray, data)}

@@ -2,10 +2,13 @@
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+from ssl_ray import shards
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 """Of scikit-image."""
@@ -23,7 +26,7 @@ def photographs() -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in found]
 
 
-def _pieces(count: int, width: int, height: int, *, smallest: float) -> Iterator[Image.Image]:
+def pieces(count: int, width: int, height: int, *, smallest: float) -> Iterator[Image.Image]:
     """Of each photograph by turns: a piece of it with the ratio width : height, at least `smallest` of the largest possible."""
     rng, all_of_them = np.random.default_rng(0), photographs()
     for i in range(count):
@@ -36,12 +39,22 @@ def _pieces(count: int, width: int, height: int, *, smallest: float) -> Iterator
 
 def large(count: int) -> list[bytes]:
     """JPEG of 500x375 pixels, quality 90: the usual size of an image of ImageNet."""
-    return [_encoded(piece, "JPEG", quality=90) for piece in _pieces(count, 500, 375, smallest=0.9)]
+    return [_encoded(piece, "JPEG", quality=90) for piece in pieces(count, 500, 375, smallest=0.9)]
 
 
 def small(count: int) -> list[bytes]:
     """PNG of 32x32 pixels, as `ssl-ray data pack` stores CIFAR-10."""
-    return [_encoded(piece, "PNG") for piece in _pieces(count, 32, 32, smallest=0.2)]
+    return [_encoded(piece, "PNG") for piece in pieces(count, 32, 32, smallest=0.2)]
+
+
+def write_shards(folder: Path, *, count: int, kind: str, size: int = 32) -> shards.Manifest:
+    """Packs pieces of `size` pixels of ten classes below `folder`, as `jpeg` of quality 90 or as `png`."""
+    images, options = folder / "images", {"quality": 90} if kind == "jpeg" else {}
+    for i, piece in enumerate(pieces(count, size, size, smallest=0.2)):
+        at = images / str(i % 10) / f"{i:06d}.{kind}"
+        at.parent.mkdir(parents=True, exist_ok=True)
+        at.write_bytes(_encoded(piece, kind, **options))
+    return shards.pack(shards.open_source(str(images), split="train", root=None, download=False), str(folder / "shards"))
 
 
 def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
