@@ -108,6 +108,14 @@ def _plan(options: argparse.Namespace) -> Result:
     return forecast(made, probe_steps=0 if options.no_probe else 3), console.plan
 
 
+def _profile(options: argparse.Namespace) -> Result:
+    made = read_config(options.config, options.overrides)
+    with console.progress(quiet=options.json) as progress:
+        from ssl_ray.train.profile import profile
+
+        return profile(made, steps=options.steps, progress=progress), console.profile
+
+
 def _config_show(options: argparse.Namespace) -> Result:
     made = read_config(options.config, options.overrides)
     return config.to_dict(made), console.yaml_text
@@ -258,9 +266,16 @@ def _add(verbs: Any, name: str, verb: Any, help: str) -> argparse.ArgumentParser
     return parser
 
 
+_RECIPE = "a recipe ({}), a YAML file or a run"
+
+
 def _takes_config(parser: argparse.ArgumentParser, *, examples: str = "") -> None:
-    recipe = f"a recipe ({', '.join(recipe_names())}), a YAML file or a run; default: digits, without data.uri="
+    recipe = f"{_RECIPE.format(', '.join(recipe_names()))}; default: digits, without data.uri="
     parser.add_argument("-c", "--config", metavar="RECIPE", help=recipe)
+    _takes_keys(parser, examples=examples)
+
+
+def _takes_keys(parser: argparse.ArgumentParser, *, examples: str = "") -> None:
     keys = "set any key of the configuration, e.g. views.count=8; see below"
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=keys)
     parser.set_defaults(explain=lambda: f"{_keys_help()}\n\n{examples}".rstrip())
@@ -298,6 +313,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--untrained", action="store_true", help="the network before training, batch norm calibrated")
     _takes_config(_add(verbs, "plan", _plan, "What a run would take: steps, samples, bytes, memory, time."))
     verbs.choices["plan"].add_argument("--no-probe", action="store_true", help="do not train a few steps to estimate time")
+    profile = _add(verbs, "profile", _profile, "Where the time of a step goes, from a short run that is not kept.")
+    profile.add_argument("config", metavar="RUN_OR_RECIPE", help=_RECIPE.format(", ".join(recipe_names())))
+    _takes_keys(profile)
+    profile.add_argument("--steps", type=_at_least(1), default=20, help="how many are traced; default: 20")
     _add_data(_group(verbs, "data", "Shards: pack, index, check, look at."))
     configs = _group(verbs, "config", "Configurations: show, explain, compare.")
     _takes_config(_add(configs, "show", _config_show, "Print the whole configuration that a command would use."))

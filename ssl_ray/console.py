@@ -276,6 +276,24 @@ def plan(values: dict[str, Any]) -> None:
     record({name.replace("_", " "): value for name, value in shown.items()})
 
 
+def profile(values: dict[str, Any]) -> None:
+    """The stages of a step in milliseconds and as shares of it, and what was made beside it."""
+    step_s = values["step_s"]
+
+    def rows(seconds: dict[str, float]) -> None:
+        for name, took in seconds.items():
+            print(f"  {name:<12}{1000 * took:>10.2f} ms{took / step_s:>8.1%}")
+
+    workers = values["workers"]
+    whose = f"worker 0 of {workers}" if workers else "this process"
+    print(f"a step of {whose}, mean of {values['steps']}: {1000 * step_s:.2f} ms")
+    rows(values["stages_s"])
+    print("of that, inside forward, loss and backward")
+    rows({"all-reduce": values["all_reduce_s"]})
+    print("views of a step, made " + ("beside it in two data tasks" if workers else "within its wait"))
+    rows(values["making_s"])
+
+
 def summary(values: dict[str, Any]) -> None:
     """The end of a run: what it took, what it gained, and where its results are."""
     print(

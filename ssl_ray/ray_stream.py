@@ -43,6 +43,7 @@ def to_table(block: Block) -> pa.Table:
         "views": data,
         "shape": pa.array([list(block.views.shape)]),
         "hashes": pa.array([block.hashes.ravel()]),
+        "seconds": pa.array([block.seconds.ravel()]),
         "bad": pa.array([json.dumps([[dataclasses.asdict(sample) for sample in bad] for bad in block.bad])]),
         "error": pa.array([None], pa.string()),
     }
@@ -50,7 +51,7 @@ def to_table(block: Block) -> pa.Table:
 
 
 def _error_table(error: SslRayError) -> pa.Table:
-    empty = to_table(Block(-1, np.zeros((0,) * 6, np.uint8), np.zeros((0, 0), np.uint64), []))
+    empty = to_table(Block(-1, np.zeros((0,) * 6, np.uint8), np.zeros((0, 0), np.uint64), [], np.zeros((0, 0))))
     text = pa.array([json.dumps([type(error).__name__, str(error)])])
     return empty.set_column(empty.schema.get_field_index("error"), "error", text)
 
@@ -67,8 +68,9 @@ def from_table(table: pa.Table) -> Iterator[Batch]:
         start = np.frombuffer(cell.buffers()[1], np.int64)[cell.offset]
         made = np.frombuffer(cell.buffers()[2], np.uint8, count=int(np.prod(shape)), offset=start).reshape(shape)
         hashes = row["hashes"].chunk(0).flatten().to_numpy().reshape(shape[:2])
+        seconds = row["seconds"].chunk(0).flatten().to_numpy().reshape(shape[0], -1)
         bad = [[BadSample(**sample) for sample in samples] for samples in json.loads(row["bad"][0].as_py())]
-        yield from Block(row["first_step"][0].as_py(), made, hashes, bad).batches()
+        yield from Block(row["first_step"][0].as_py(), made, hashes, bad, seconds).batches()
 
 
 @functools.lru_cache(maxsize=2)

@@ -8,6 +8,7 @@ the stream may begin at any step, for any share of the lanes, in any process.
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,6 +23,10 @@ from ssl_ray.shards import Manifest, Samples
 
 BLOCK_BYTES = 32 * 2**20
 """Steps share a block up to this size: each block costs about 10 ms of CPU in Ray, however small."""
+
+
+MAKING = ("read", "decode", "views")
+"""What the making of a step's views consists of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +80,10 @@ class Batch:
     """uint8 [B, m, C, H, W]; crops of them where the worker does the rest (views.photometric_on)."""
     hashes: np.ndarray
     """uint64 [B]: of the samples that the plan names, in order."""
-    bad: list[BadSample] = dataclasses.field(default_factory=list)
+    bad: list[BadSample]
     """Those of them that another image stands in for."""
+    seconds: np.ndarray
+    """float64 [3]: what its making took, as MAKING names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +97,12 @@ class Block:
     """uint64 [n, B]."""
     bad: list[list[BadSample]]
     """Of each step."""
+    seconds: np.ndarray
+    """float64 [n, 3]: what the making of each step took, as MAKING names it."""
 
     def batches(self) -> Iterator[Batch]:
         for i, bad in enumerate(self.bad):
-            yield Batch(self.first_step + i, self.views[i], self.hashes[i], bad)
+            yield Batch(self.first_step + i, self.views[i], self.hashes[i], bad, self.seconds[i])
 
 
 def prepare(
@@ -238,20 +247,25 @@ def round_blocks(
     data: TrainingData, order: EpochOrder, *, round: int, first_k: int, stop_k: int, lanes: range, steps: int
 ) -> Iterator[Block]:
     """Steps `first_k` to `stop_k` of a round for a range of lanes, `steps` in a block. `order` is that of the epoch."""
+    begun = time.perf_counter()
     where = plan.worker_round(data.plan, order, round, lanes)
     samples = _Round(data, _locate(data, where.chunks, where.ranks), first_k=first_k)
+    read_s = (time.perf_counter() - begun) / (stop_k - first_k)
     before = order.epoch * data.plan.steps_per_epoch + round * data.plan.steps_per_round
     spec = data.views if data.views.photometric_on == "data" else views.crops_only(data.views)
     per_step = len(lanes) * data.plan.batch // data.plan.lanes
     for first in range(first_k, stop_k, steps):
         ks = range(first, min(first + steps, stop_k))
         made = np.empty((len(ks), per_step, spec.count, spec.channels, spec.size_px, spec.size_px), np.uint8)
-        hashes, bad = np.empty((len(ks), per_step), np.uint64), []
+        hashes, bad, seconds = np.empty((len(ks), per_step), np.uint64), [], np.empty((len(ks), len(MAKING)))
         for i, k in enumerate(ks):
+            begun = time.perf_counter()
             images, hashes[i], found = samples.images(k)
+            decoded = time.perf_counter()
             views.make_views(images, hashes[i], spec=spec, seed=data.plan.seed, epoch=order.epoch, out=made[i])
             bad.append(found)
-        yield Block(before + first, made, hashes, bad)
+            seconds[i] = read_s, decoded - begun, time.perf_counter() - decoded
+        yield Block(before + first, made, hashes, bad, seconds)
 
 
 def local_batches(data: TrainingData, *, lanes: range, first_step: int, stop_step: int) -> Iterator[Batch]:

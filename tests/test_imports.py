@@ -144,6 +144,7 @@ VERBS = [
     ["pretrain"],
     ["evaluate"],
     ["plan"],
+    ["profile"],
     ["data", "pack"],
     ["data", "index"],
     ["data", "check"],

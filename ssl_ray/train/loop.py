@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from ssl_ray import losses, storage
 from ssl_ray.config import Config, Loss, Views
@@ -228,7 +229,8 @@ def train(
     try:
         while step < schedule.total_steps:
             asked = time.monotonic()
-            batch, error = next_batch(batches)
+            with record_function("wait"):
+                batch, error = next_batch(batches)
             wait_s = time.monotonic() - asked
             assert batch is None or batch.step == step, f"the stream is at step {batch.step}, the worker at {step}"
             error = error or (_as_user_error(writer.error) if writer is not None and writer.error else None)
@@ -257,17 +259,25 @@ def train(
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
             epoch = step // schedule.steps_per_epoch
-            views = views_on(device, batch, spec=config.views, seed=config.seed, epoch=epoch)
-            with default_generator_lock, torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16):
+            with record_function("transfer"):
+                views = views_on(device, batch, spec=config.views, seed=config.seed, epoch=epoch)
+            with (
+                record_function("forward"),
+                default_generator_lock,
+                torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16),
+            ):
                 torch.manual_seed(_step_seed(config.seed, step, rank=rank))
                 z = module(views)
-            terms = compute_loss(z, config.loss, group=group)
-            optimizer.zero_grad(set_to_none=True)
-            terms.total.backward()
-            loss = terms.total.item()
+            with record_function("loss"):
+                terms = compute_loss(z, config.loss, group=group)
+            with record_function("backward"):
+                optimizer.zero_grad(set_to_none=True)
+                terms.total.backward()
+                loss = terms.total.item()
             if not math.isfinite(loss):
                 raise TrainingError(_not_finite(f"the loss ({loss})", step, saved))
-            optimizer.step()
+            with record_function("optimizer"):
+                optimizer.step()
 
             record = {"step": step, "epoch": epoch, "loss": loss}
             record |= {name: value.item() for name, value in terms.terms.items()}

@@ -85,26 +85,27 @@ def pretrain(config: Config, *, resume: str, progress: Progress) -> dict[str, An
 
     Raises the SslRayError that ended the run early; Stopped on SIGINT or SIGTERM, with a checkpoint.
     """
-    with _signals() as asked:
+    with signals() as asked:
         opened = open_run(config, resume=resume)
         uri, total = opened.uri, opened.schedule.total_steps
         marker = runs.read_marker(uri)
         summary_at = storage.join(uri, "summary.json")
         complete = marker.step == total and storage.exists(summary_at)
-        progress("start", _start_record(opened, marker.step) | {"complete": complete})
+        progress("start", start_record(opened, marker.step) | {"complete": complete})
         if complete:
             return runs.read_json(summary_at)
         storage.remove(storage.join(uri, "stop"))
-        if config.train.workers == 0:
-            _drive(opened, functools.partial(_train_here, opened), _evaluate_here, asked, progress)
-        else:
-            _pretrain_on_ray(opened, asked, progress)
+        with made_ready(opened, asked, progress) as (train, evaluate):
+            readouts = _Readouts(uri, evaluate, progress)
+            drive(opened, train, asked, progress, beside=readouts.advance)
+            progress("stage", {"text": "reading out"})
+            readouts.finish(asked)
         summary = summarise(opened)
         runs.write_json(summary_at, summary)
         return summary
 
 
-def _start_record(opened: Opened, step: int) -> dict[str, Any]:
+def start_record(opened: Opened, step: int) -> dict[str, Any]:
     made, schedule = opened.data.plan, opened.schedule
     return {
         "run": opened.uri,
@@ -139,7 +140,8 @@ class _Asked:
 
 
 @contextmanager
-def _signals() -> Iterator[_Asked]:
+def signals() -> Iterator[_Asked]:
+    """Takes SIGINT and SIGTERM as requests to stop, for as long as it lasts."""
     asked = _Asked()
     before = asked.listen()
     try:
@@ -151,10 +153,52 @@ def _signals() -> Iterator[_Asked]:
 
 # Training in a side thread, while this one watches, reads out and listens ---------------------------------------------
 
+Train = Callable[[], loop.Outcome]
 Evaluate = Callable[[str, str | None], "Future[dict[str, Any]]"]
+Watch = Callable[[Iterator[stream.Batch]], Iterator[stream.Batch]]
+"""Hands on the batches of worker 0."""
 
 
-def _train_here(opened: Opened) -> loop.Outcome:
+@contextmanager
+def made_ready(
+    opened: Opened, asked: _Asked, progress: Progress, *, watch: Watch = iter, environment: dict[str, str] | None = None
+) -> Iterator[tuple[Train, Evaluate]]:
+    """What trains and what reads out, on Ray (which runs as long as the context) or, with train.workers=0, in this process.
+
+    environment: variables of the workers.
+    """
+    config = opened.config
+    if config.train.workers == 0:
+        os.environ |= environment or {}
+        yield functools.partial(_train_here, opened, watch), _evaluate_here
+        return
+    progress("stage", {"text": "starting Ray"})
+    views.load()  # once here, or all tasks of a new machine would compile at the same time
+    with cluster.ray_session() as folder:
+        asked.listen()  # again: ray.init puts a handler of its own in the place of ours
+        asked.stop_here("before training")
+        import ray
+
+        from ssl_ray.train import ray_train
+
+        workers, threads = config.train.workers, config.train.threads
+        resources = ray_train.plan_resources(ray.available_resources(), workers=workers, threads=threads)
+        progress("stage", {"text": f"starting {workers} worker{'s' * (workers > 1)}"})
+        train = functools.partial(
+            ray_train.train,
+            config,
+            opened.data,
+            opened.schedule,
+            run=opened.uri,
+            resources=resources,
+            scratch=str(folder / "train"),
+            watch=watch,
+            environment=environment or {},
+        )
+        yield train, functools.partial(ray_train.evaluate, cpus=resources.evaluate_cpus)
+
+
+def _train_here(opened: Opened, watch: Watch) -> loop.Outcome:
     import torch
 
     uri, schedule = opened.uri, opened.schedule
@@ -163,7 +207,7 @@ def _train_here(opened: Opened) -> loop.Outcome:
     return loop.run_worker(
         opened.config,
         schedule,
-        stream.local_batches(opened.data, lanes=lanes, first_step=marker.step, stop_step=schedule.total_steps),
+        watch(stream.local_batches(opened.data, lanes=lanes, first_step=marker.step, stop_step=schedule.total_steps)),
         run=uri,
         attempt=attempt,
         marker=marker,
@@ -179,35 +223,9 @@ def _evaluate_here(uri: str, checkpoint: str | None) -> "Future[dict[str, Any]]"
     return done
 
 
-def _pretrain_on_ray(opened: Opened, asked: _Asked, progress: Progress) -> None:
-    progress("stage", {"text": "starting Ray"})
-    views.load()  # once here, or all tasks of a new machine would compile at the same time
-    with cluster.ray_session() as folder:
-        asked.listen()  # again: ray.init puts a handler of its own in the place of ours
-        asked.stop_here("before training")
-        import ray
-
-        from ssl_ray.train import ray_train
-
-        workers, threads = opened.config.train.workers, opened.config.train.threads
-        resources = ray_train.plan_resources(ray.available_resources(), workers=workers, threads=threads)
-        progress("stage", {"text": f"starting {workers} workers"})
-        train = functools.partial(
-            ray_train.train,
-            opened.config,
-            opened.data,
-            opened.schedule,
-            run=opened.uri,
-            resources=resources,
-            scratch=str(folder / "train"),
-        )
-        _drive(opened, train, functools.partial(ray_train.evaluate, cpus=resources.evaluate_cpus), asked, progress)
-
-
-def _drive(opened: Opened, train: Callable[[], loop.Outcome], evaluate: Evaluate, asked: _Asked, progress: Progress) -> None:
-    """Trains and reads out; raises what ended the run early."""
+def drive(opened: Opened, train: Train, asked: _Asked, progress: Progress, *, beside: Callable[[], None] = lambda: None) -> None:
+    """Trains, and calls `beside` now and then until it is to stop; raises what ended the run early."""
     uri = opened.uri
-    readouts = _Readouts(uri, evaluate, progress)
     watch = _Watch(uri, progress)
     with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
         training = pool.submit(train)
@@ -219,15 +237,13 @@ def _drive(opened: Opened, train: Callable[[], loop.Outcome], evaluate: Evaluate
                 told = True
             watch.look()
             if not asked.came:
-                readouts.advance()
+                beside()
             wait([training], timeout=POLL_S)
         watch.look()
         outcome = training.result()
     storage.remove(storage.join(uri, "stop"))
     if outcome.error is not None:
         raise outcome.error
-    progress("stage", {"text": "reading out"})
-    readouts.finish(asked)
 
 
 class _Watch:

@@ -5,6 +5,7 @@ are made; each worker asserts it. Ray's own checkpoints and reports are not used
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -120,18 +121,20 @@ def _work_or_raise(given: dict[str, Any]) -> loop.Outcome:
     torch.set_num_threads(config.train.threads)
     context = ray.train.get_context()
     group = dist.group.WORLD if context.get_world_size() > 1 else None
-    batches = ray.train.get_dataset_shard("train")  # comes first: this start of the workers is counted when it is made
+    shard = ray.train.get_dataset_shard("train")  # comes first: this start of the workers is counted when it is made
+    tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    batches, rank = ray_stream.ray_batches(tables), context.get_world_rank()
     attempt, marker = runs.newest_attempt(run), runs.read_marker(run)
     assert marker.step == attempt.step, f"the marker moved from step {attempt.step} to {marker.step} during a start"
     return loop.run_worker(
         config,
         given["schedule"],
-        ray_stream.ray_batches(batches.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)),
+        given["watch"](batches) if rank == 0 else batches,
         run=run,
         attempt=attempt,
         marker=marker,
         group=group,
-        rank=context.get_world_rank(),
+        rank=rank,
         device=ray.train.torch.get_device(),
     )
 
@@ -150,16 +153,19 @@ def train(
     run: str,
     resources: Resources,
     scratch: str,
+    watch: Callable[[Iterator[stream.Batch]], Iterator[stream.Batch]],
+    environment: dict[str, str],
 ) -> loop.Outcome:
     """Trains the run at `run` on the cluster that is joined; returns how it ended. Workers that die are started again.
 
-    scratch: a folder for what Ray Train notes of its own.
+    scratch: a folder for what Ray Train notes of its own.  watch: what hands on the batches of worker 0.
+    environment: variables of the workers.
     """
     reference = ray.put(data)
     work: Any = _work  # Ray passes on what it returns, which its annotation does not foresee
     trainer = TorchTrainer(
         work,
-        train_loop_config={"config": config, "run": run, "schedule": schedule},
+        train_loop_config={"config": config, "run": run, "schedule": schedule, "watch": watch},
         datasets={"train": ray.data.range(1)},
         dataset_config=StreamConfig(run, reference, schedule.total_steps, resources),
         torch_config=TorchConfig(timeout_s=300),
@@ -168,9 +174,10 @@ def train(
             use_gpu=resources.gpus,
             resources_per_worker={"CPU": resources.worker_cpus} | ({"GPU": 1} if resources.gpus else {}),
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # that of Train v2
             storage_path=scratch,
             failure_config=ray.train.FailureConfig(max_failures=-1),
+            worker_runtime_env={"env_vars": environment} if environment else None,
             callbacks=[KeepFailures(run)],  # type: ignore[list-item]  # as its documentation says
         ),
     )

@@ -72,6 +72,31 @@ def test_runs_are_listed(cli, trained, tmp_path):
     assert cli("runs", "list", tmp_path, "--json").ok().json == []
 
 
+def assert_split(profile: dict, *, steps: int, workers: int) -> None:
+    assert (profile["steps"], profile["workers"]) == (steps, workers)
+    assert {"wait", "transfer", "forward", "loss", "backward", "optimizer", "other"} == profile["stages_s"].keys()
+    assert all(value > 0 for value in (*profile["stages_s"].values(), *profile["making_s"].values()))
+    assert sum(profile["stages_s"].values()) == pytest.approx(profile["step_s"])
+    assert (profile["all_reduce_s"] > 0) == (workers > 1)
+    assert profile["all_reduce_s"] < profile["step_s"]
+
+
+def test_a_profile_splits_a_step_into_stages_and_leaves_the_run_alone(cli, trained, tmp_path):
+    uri = Path(shutil.copytree(trained, tmp_path / "run"))
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    assert_split(cli("profile", uri, "--json", "--steps", 3).ok().json, steps=3, workers=0)
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    assert "backward" in cli("profile", uri, "--steps", 1).ok().out
+
+
+@pytest.mark.long
+def test_a_profile_of_two_workers_has_their_all_reduces(trained):
+    command = [sys.executable, "-m", "ssl_ray", "profile", str(trained), "--json", "--steps=3", "train.workers=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert_split(json.loads(done.stdout), steps=3, workers=2)
+
+
 def test_another_configuration_under_the_same_run_is_refused_with_the_difference(pretrain, cli, packed, trained):
     before = weights(trained)
     done = pretrain(f"data.uri={packed}", f"run={trained}", "seed=1", "views.count=3")
