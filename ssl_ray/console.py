@@ -292,6 +292,7 @@ def profile(values: dict[str, Any]) -> None:
     rows({"all-reduce": values["all_reduce_s"]})
     print("views of a step, made " + ("beside it in two data tasks" if workers else "within its wait"))
     rows(values["making_s"])
+    print(f"memory at its peak: {_size(values['peak_memory_bytes'])}")
 
 
 def summary(values: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ processes as one row of an Arrow table: its bytes are copied into the object sto
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,55 +23,51 @@ from ray.data.block import BlockMetadata
 from ssl_ray import errors, plan
 from ssl_ray.errors import SslRayError
 from ssl_ray.plan import EpochOrder
-from ssl_ray.stream import BadSample, Batch, Block, TrainingData, round_blocks, steps_in_block
+from ssl_ray.stream import BadSample, Batch, Block, TrainingData, round_blocks, step_bytes, steps_in_block
 
-SCHEDULING_PAUSE_S = 0.05
-"""Between two turns of Ray Data's scheduling loop, which runs in a thread of the training process."""
-WAITING_PAUSE_S = 0.1
-"""The same while two or more finished blocks wait for the trainer. A turn takes more than a millisecond of its interpreter."""
+PAUSE_S = 0.1
+"""Between two turns of Ray Data's scheduling loop, while finished blocks wait for the trainer."""
+BLOCKS_AHEAD = 4
+"""So many blocks of a task may wait for the scheduling loop, which comes by every .2 s, before the task does."""
+CLAIM = 0.75
+"""Of a stream's CPUs, for a task: more than half, so that the second of two waits for the first unless other CPUs are free.
+Both at a time on one core would take turns, and end together."""
 
 ROUNDS_AT_ONCE, COUNTED_STEPS_PER_S = 32, 100
 """So many rounds are counted at once, the others at this rate, which few trainers reach: Ray spends 5 ms of CPU on each."""
 
 
 def to_table(block: Block) -> pa.Table:
-    """One row; the views' bytes are not copied."""
-    size = block.views.nbytes
-    offsets = pa.py_buffer(np.array([0, size], np.int64))
-    data = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(block.views)])
-    columns = {
-        "first_step": pa.array([block.first_step]),
-        "views": data,
-        "shape": pa.array([list(block.views.shape)]),
-        "hashes": pa.array([block.hashes.ravel()]),
-        "seconds": pa.array([block.seconds.ravel()]),
-        "bad": pa.array([json.dumps([[dataclasses.asdict(sample) for sample in bad] for bad in block.bad])]),
-        "error": pa.array([None], pa.string()),
-    }
-    return pa.table(columns)
+    """One row of two columns, as few as possible, since each costs Ray time; the views' bytes are not copied."""
+    bad = [[dataclasses.asdict(sample) for sample in bad] for bad in block.bad]
+    about = {"first_step": block.first_step, "shape": block.views.shape, "bad": bad}
+    about |= {"hashes": block.hashes.tolist(), "seconds": block.seconds.tolist()}
+    return _row(about, pa.py_buffer(block.views))
+
+
+def _row(about: dict[str, Any], views: pa.Buffer) -> pa.Table:
+    offsets = pa.py_buffer(np.array([0, views.size], np.int64))
+    data = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, views])
+    return pa.table({"about": pa.array([json.dumps(about)]), "views": data})
 
 
 def _error_table(error: SslRayError) -> pa.Table:
-    empty = to_table(Block(-1, np.zeros((0,) * 6, np.uint8), np.zeros((0, 0), np.uint64), [], np.zeros((0, 0))))
-    text = pa.array([json.dumps([type(error).__name__, str(error)])])
-    return empty.set_column(empty.schema.get_field_index("error"), "error", text)
+    return _row({"error": [type(error).__name__, str(error)]}, pa.py_buffer(b""))
 
 
 def from_table(table: pa.Table) -> Iterator[Batch]:
     """The batches in a table's rows; raises the user error that a row may hold instead."""
     for i in range(table.num_rows):
         row = table.slice(i, 1).combine_chunks()
-        failed = row["error"][0].as_py()
-        if failed is not None:
-            name, message = json.loads(failed)
+        about, cell = json.loads(row["about"][0].as_py()), row["views"].chunk(0)
+        if "error" in about:
+            name, message = about["error"]
             raise getattr(errors, name)(message)
-        shape, cell = row["shape"][0].as_py(), row["views"].chunk(0)
         start = np.frombuffer(cell.buffers()[1], np.int64)[cell.offset]
-        made = np.frombuffer(cell.buffers()[2], np.uint8, count=int(np.prod(shape)), offset=start).reshape(shape)
-        hashes = row["hashes"].chunk(0).flatten().to_numpy().reshape(shape[:2])
-        seconds = row["seconds"].chunk(0).flatten().to_numpy().reshape(shape[0], -1)
-        bad = [[BadSample(**sample) for sample in samples] for samples in json.loads(row["bad"][0].as_py())]
-        yield from Block(row["first_step"][0].as_py(), made, hashes, bad, seconds).batches()
+        made = np.frombuffer(cell.buffers()[2], np.uint8, count=math.prod(about["shape"]), offset=start).reshape(about["shape"])
+        hashes, seconds = np.array(about["hashes"], np.uint64), np.array(about["seconds"])
+        bad = [[BadSample(**sample) for sample in samples] for samples in about["bad"]]
+        yield from Block(about["first_step"], made, hashes, bad, seconds).batches()
 
 
 @functools.lru_cache(maxsize=2)
@@ -90,13 +87,14 @@ def _count_rounds(reference: Any, first_step: int, stop_step: int) -> Iterator[p
         yield pa.table({key: [value] for key, value in dataclasses.asdict(work).items()})
 
 
-def _work_round(table: pa.Table, *, reference: Any, lanes: range) -> Iterator[pa.Table]:
+def _work_round(table: pa.Table, *, reference: Any, lanes: range, threads: int) -> Iterator[pa.Table]:
     work = {key: values[0] for key, values in table.to_pydict().items()}
     try:
         order = fetch_order(reference, work.pop("epoch"))
         data = fetch(reference)
-        for block in round_blocks(data, order, **work, lanes=lanes, steps=steps_in_block(data, len(lanes))):
-            yield to_table(block)
+        steps = steps_in_block(data, len(lanes))
+        for block in round_blocks(data, order, **work, lanes=lanes, steps=steps, threads=threads, reuse=True):
+            yield to_table(block)  # which Ray has copied when it asks for the next
     except SslRayError as error:
         # Raised here, Ray would try the task again and wrap the message in its own.
         yield _error_table(error)
@@ -125,37 +123,39 @@ class _Scheduling(ExecutionCallback):
         executor._resource_manager._get_total_resources = ray.data.ExecutionResources.for_limits
 
     def on_execution_step(self, executor: Any) -> None:
-        """Lets the loop rest. While finished blocks wait for the trainer it would run without a pause, and take half of the
-        interpreter's time from the thread that trains."""
+        """Lets the loop rest. It runs in a thread of the training process: while finished blocks wait for the trainer it would
+        go round without a pause, more than a millisecond each time, and take half of the interpreter's time from it."""
         _, output = executor._output_node
-        time.sleep(WAITING_PAUSE_S if output.output_queue.num_blocks >= 2 else SCHEDULING_PAUSE_S)
+        if output.output_queue.num_blocks:
+            time.sleep(PAUSE_S)
 
 
 def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int, cpus: float, store: int):
     """A Ray Dataset of the batches of one worker; `reference` holds the TrainingData in the object store.
 
-    cpus, store: this stream's share of the cluster: two rounds are made at a time, half of `cpus` each, and wait for the
-    trainer in `store` bytes of the object store, more or less a block.
+    cpus, store: this stream's share of the cluster. A round is made in a task with a thread for each of `cpus`, while the
+    task of the next round waits; views wait for the trainer in `store` bytes of the object store, more or less a block.
     """
-
-    count = functools.partial(_count_rounds, reference, first_step, stop_step)
+    data, counting = fetch(reference), 0.01
+    block = steps_in_block(data, len(lanes)) * step_bytes(data, len(lanes))
     context = ray.data.DataContext.get_current()
     context.custom_execution_callback_classes = [_Scheduling]
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # each row that a task yields is a block of its own
-    counting = 0.01
+    context._max_num_blocks_in_streaming_gen_buffer = max(1, min(BLOCKS_AHEAD, store // (2 * block)))
+    count = functools.partial(_count_rounds, reference, first_step, stop_step)
     rounds = ray.data.read_datasource(_Rounds(count), override_num_blocks=1, num_cpus=counting)
     stream = rounds.map_batches(
         _work_round,
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=(cpus - counting) / 2,
-        concurrency=2,
-        fn_kwargs={"reference": reference, "lanes": lanes},
+        num_cpus=CLAIM * (cpus - counting),
+        compute=ray.data.TaskPoolStrategy(size=2),
+        fn_kwargs={"reference": reference, "lanes": lanes, "threads": max(1, int(cpus))},
     )
-    # Ray Data keeps a quarter of the limit for counting as long as that lasts: the rest must be enough for two tasks.
-    stream.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=2 * cpus, object_store_memory=store)
+    # Of CPUs more than enough: how many tasks there are is said above, and Ray Data keeps some of a limit for counting.
+    stream.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=8 * cpus, object_store_memory=store)
     return stream
 
 

@@ -7,9 +7,9 @@ the stream may begin at any step, for any share of the lanes, in any process.
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from ssl_ray.errors import DataError
 from ssl_ray.plan import EpochOrder, Plan
 from ssl_ray.shards import Manifest, Samples
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 64 * 2**20
 """Steps share a block up to this size: each block costs about 10 ms of CPU in Ray, however small."""
 
 
@@ -204,20 +204,25 @@ class _Round:
         name = self.data.manifest.names[int(self.shards[k, lane, j])]
         raise DataError(f"{name}: no sample of a whole round of a lane can be read. Run `ssl-ray data check URI`.")
 
-    def images(self, k: int) -> tuple[list[np.ndarray], np.ndarray, list[BadSample]]:
-        """Those of a step, uint8 [C, H, W] each, their hashes, uint64 [B], and which of them are stand-ins."""
+    def images(self, k: int, positions: range) -> tuple[list[np.ndarray], list[BadSample]]:
+        """Those at `positions` of a step, uint8 [C, H, W] each, and which of them are stand-ins."""
         images: list[np.ndarray] = []
         bad: list[BadSample] = []
-        for lane, j in itertools.product(range(self.lanes), range(self.per_lane)):
+        for position in positions:
+            lane, j = divmod(position, self.per_lane)
             image = self.image(k, lane, j)
             if isinstance(image, str):
-                samples, position = self._sample(k, lane, j)
+                samples, at = self._sample(k, lane, j)
                 name = self.data.manifest.names[int(self.shards[k, lane, j])].as_py()
-                bad.append(BadSample(name, samples.keys[position], image))
+                bad.append(BadSample(name, samples.keys[at], image))
                 image = self.stand_in(k, lane, j)
             images.append(image)
+        return images, bad
+
+    def hashes(self, k: int) -> np.ndarray:
+        """uint64 [B]: of the samples of a step."""
         samples, first = self._sample(k, 0, 0)
-        return images, samples.hashes[first : first + len(images)], bad
+        return samples.hashes[first : first + self.lanes * self.per_lane]
 
 
 def step_bytes(data: TrainingData, lanes: int) -> int:
@@ -244,9 +249,22 @@ def store_bytes(data: TrainingData, lanes: int, *, share: int | None = None) -> 
 
 
 def round_blocks(
-    data: TrainingData, order: EpochOrder, *, round: int, first_k: int, stop_k: int, lanes: range, steps: int
+    data: TrainingData,
+    order: EpochOrder,
+    *,
+    round: int,
+    first_k: int,
+    stop_k: int,
+    lanes: range,
+    steps: int,
+    threads: int,
+    reuse: bool,
 ) -> Iterator[Block]:
-    """Steps `first_k` to `stop_k` of a round for a range of lanes, `steps` in a block. `order` is that of the epoch."""
+    """Steps `first_k` to `stop_k` of a round for a range of lanes, `steps` in a block. `order` is that of the epoch.
+
+    threads: they share the images of each step.  reuse: a block's memory is that of the block before, which is no longer needed:
+    pages that the system gives anew cost as much as what is written on them.
+    """
     begun = time.perf_counter()
     where = plan.worker_round(data.plan, order, round, lanes)
     samples = _Round(data, _locate(data, where.chunks, where.ranks), first_k=first_k)
@@ -254,18 +272,31 @@ def round_blocks(
     before = order.epoch * data.plan.steps_per_epoch + round * data.plan.steps_per_round
     spec = data.views if data.views.photometric_on == "data" else views.crops_only(data.views)
     per_step = len(lanes) * data.plan.batch // data.plan.lanes
-    for first in range(first_k, stop_k, steps):
-        ks = range(first, min(first + steps, stop_k))
-        made = np.empty((len(ks), per_step, spec.count, spec.channels, spec.size_px, spec.size_px), np.uint8)
-        hashes, bad, seconds = np.empty((len(ks), per_step), np.uint64), [], np.empty((len(ks), len(MAKING)))
-        for i, k in enumerate(ks):
-            begun = time.perf_counter()
-            images, hashes[i], found = samples.images(k)
-            decoded = time.perf_counter()
-            views.make_views(images, hashes[i], spec=spec, seed=data.plan.seed, epoch=order.epoch, out=made[i])
-            bad.append(found)
-            seconds[i] = read_s, decoded - begun, time.perf_counter() - decoded
-        yield Block(before + first, made, hashes, bad, seconds)
+    threads = min(threads, per_step)
+    shares = [range(per_step)[i * per_step // threads : (i + 1) * per_step // threads] for i in range(threads)]
+
+    def make(k: int, hashes: np.ndarray, out: np.ndarray, share: range) -> tuple[list[BadSample], float, float]:
+        begun = time.perf_counter()
+        images, bad = samples.images(k, share)
+        decoded, some = time.perf_counter(), slice(share.start, share.stop)
+        views.make_views(images, hashes[some], spec=spec, seed=data.plan.seed, epoch=order.epoch, out=out[some])
+        return bad, decoded - begun, time.perf_counter() - decoded
+
+    room = np.empty((0,), np.uint8)
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(first_k, stop_k, steps):
+            ks = range(first, min(first + steps, stop_k))
+            if not len(room) or not reuse:
+                room = np.empty((len(ks), per_step, spec.count, spec.channels, spec.size_px, spec.size_px), np.uint8)
+            made, hashes = room[: len(ks)], np.empty((len(ks), per_step), np.uint64)
+            bad, seconds = [], np.empty((len(ks), len(MAKING)))
+            for i, k in enumerate(ks):
+                hashes[i] = samples.hashes(k)
+                each = functools.partial(make, k, hashes[i], made[i])
+                parts = list(pool.map(each, shares)) if threads > 1 else [each(shares[0])]
+                bad.append([sample for found, _, _ in parts for sample in found])
+                seconds[i] = read_s, sum(decode_s for _, decode_s, _ in parts), sum(views_s for _, _, views_s in parts)
+            yield Block(before + first, made, hashes, bad, seconds)
 
 
 def local_batches(data: TrainingData, *, lanes: range, first_step: int, stop_step: int) -> Iterator[Batch]:
@@ -274,8 +305,8 @@ def local_batches(data: TrainingData, *, lanes: range, first_step: int, stop_ste
     for work in plan.rounds_of(data.plan, first_step, stop_step):
         if order is None or order.epoch != work.epoch:
             order = plan.epoch_order(data.plan, work.epoch)
-        round, first_k, stop_k = work.round, work.first_k, work.stop_k
-        for block in round_blocks(data, order, round=round, first_k=first_k, stop_k=stop_k, lanes=lanes, steps=1):
+        part = {"round": work.round, "first_k": work.first_k, "stop_k": work.stop_k}
+        for block in round_blocks(data, order, **part, lanes=lanes, steps=1, threads=1, reuse=False):
             yield from block.batches()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import resource
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ STAGES = ("wait", "transfer", "forward", "loss", "backward", "optimizer")
 
 def profile(config: Config, *, steps: int, progress: Progress) -> dict[str, Any]:
     """Seconds a step, means over `steps` steps of worker 0: whole, by stage (`stages_s`), in all-reduces (`all_reduce_s`: until
-    all workers are there), and what the data tasks needed to make its views (`making_s`).
+    all workers are there), and what the data tasks needed to make its views (`making_s`); the most memory that it took.
 
     The run is a temporary one: beside `config.run` where that is given, which workers of other machines need, else on this
     machine. On a GPU, kernels run one by one (CUDA_LAUNCH_BLOCKING), so that their time counts where they are launched.
@@ -91,5 +92,6 @@ def _summary(trace: torch.profiler.profile, seconds: float, making: torch.Tensor
         "step_s": seconds / steps,
         "stages_s": stages | {"other": seconds / steps - sum(stages.values())},
         "all_reduce_s": sum(took for name, took in spent.items() if name.endswith(":all_reduce")) / steps,
+        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "making_s": dict(zip(MAKING, (making / steps).tolist(), strict=True)),
     }

@@ -23,7 +23,7 @@ def main() -> int:
     unknown = set(options.names) - set(short)
     if unknown:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}. There are: {', '.join(short)}")
-    code = "import importlib, timing; timing.show(importlib.import_module('bench_{}').rows(), as_json={})"
+    code = "import timing; timing.run('{}', as_json={})"
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     failed = [
         name

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import importlib
 import json
 import os
 import platform
@@ -129,6 +130,12 @@ def _time(seconds: float) -> str:
         if seconds < 1000 * scale or unit == "s":
             return f"{seconds / scale:.3g} {unit}"
     raise AssertionError
+
+
+def run(name: str, *, as_json: bool) -> None:
+    """Runs one benchmark and prints what came out; one that is no comparison has a `show` of its own."""
+    module = importlib.import_module(f"bench_{name}")
+    getattr(module, "show", show)(module.rows(), as_json=as_json)
 
 
 def show(rows: list[Row], *, as_json: bool) -> None:

@@ -79,6 +79,7 @@ def assert_split(profile: dict, *, steps: int, workers: int) -> None:
     assert sum(profile["stages_s"].values()) == pytest.approx(profile["step_s"])
     assert (profile["all_reduce_s"] > 0) == (workers > 1)
     assert profile["all_reduce_s"] < profile["step_s"]
+    assert 2**20 < profile["peak_memory_bytes"] < 2**34
 
 
 def test_a_profile_splits_a_step_into_stages_and_leaves_the_run_alone(cli, trained, tmp_path):
