@@ -290,7 +290,7 @@ def profile(values: dict[str, Any]) -> None:
     rows(values["stages_s"])
     print("of that, inside forward, loss and backward")
     rows({"all-reduce": values["all_reduce_s"]})
-    print("views of a step, made " + ("beside it in two data tasks" if workers else "within its wait"))
+    print("views of a step, made " + ("beside it by its data tasks" if workers else "within its wait"))
     rows(values["making_s"])
     print(f"memory at its peak: {_size(values['peak_memory_bytes'])}")
 
