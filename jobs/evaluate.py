@@ -2,6 +2,6 @@
 
 import sys
 
-from ssl_ray.cli import main
+from ssl_ray.cli import run
 
-sys.exit(main(["evaluate", *sys.argv[1:]]))
+run(["evaluate", *sys.argv[1:]])

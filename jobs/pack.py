@@ -2,6 +2,6 @@
 
 import sys
 
-from ssl_ray.cli import main
+from ssl_ray.cli import run
 
-sys.exit(main(["data", "pack", *sys.argv[1:]]))
+run(["data", "pack", *sys.argv[1:]])

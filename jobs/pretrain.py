@@ -2,6 +2,6 @@
 
 import sys
 
-from ssl_ray.cli import main
+from ssl_ray.cli import run
 
-sys.exit(main(["pretrain", *sys.argv[1:]]))
+run(["pretrain", *sys.argv[1:]])

@@ -1,5 +1,3 @@
-import sys
+from ssl_ray.cli import run
 
-from ssl_ray.cli import main
-
-sys.exit(main())
+run()

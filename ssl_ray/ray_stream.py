@@ -87,12 +87,11 @@ def _count_rounds(reference: Any, first_step: int, stop_step: int) -> Iterator[p
         yield pa.table({key: [value] for key, value in dataclasses.asdict(work).items()})
 
 
-def _work_round(table: pa.Table, *, reference: Any, lanes: range, threads: int) -> Iterator[pa.Table]:
+def _work_round(table: pa.Table, *, reference: Any, lanes: range, steps: int, threads: int) -> Iterator[pa.Table]:
     work = {key: values[0] for key, values in table.to_pydict().items()}
     try:
         order = fetch_order(reference, work.pop("epoch"))
         data = fetch(reference)
-        steps = steps_in_block(data, len(lanes))
         for block in round_blocks(data, order, **work, lanes=lanes, steps=steps, threads=threads, reuse=True):
             yield to_table(block)  # which Ray has copied when it asks for the next
     except SslRayError as error:
@@ -137,13 +136,16 @@ def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int,
     task of the next round waits; views wait for the trainer in `store` bytes of the object store, more or less a block.
     """
     data, counting = fetch(reference), 0.01
-    block = steps_in_block(data, len(lanes)) * step_bytes(data, len(lanes))
+    steps = steps_in_block(data, len(lanes), store=store)
+    step = step_bytes(data, len(lanes))
     context = ray.data.DataContext.get_current()
     context.custom_execution_callback_classes = [_Scheduling]
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # each row that a task yields is a block of its own
-    context._max_num_blocks_in_streaming_gen_buffer = max(1, min(BLOCKS_AHEAD, store // (2 * block)))
+    context._max_num_blocks_in_streaming_gen_buffer = max(1, min(BLOCKS_AHEAD, store // (2 * steps * step)))
+    # What a second task makes cannot go before the first is done: there must be room for all of it.
+    tasks = 2 if store >= 2 * data.plan.steps_per_round * step else 1
     count = functools.partial(_count_rounds, reference, first_step, stop_step)
     rounds = ray.data.read_datasource(_Rounds(count), override_num_blocks=1, num_cpus=counting)
     stream = rounds.map_batches(
@@ -151,8 +153,8 @@ def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int,
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=CLAIM * (cpus - counting),
-        compute=ray.data.TaskPoolStrategy(size=2),
-        fn_kwargs={"reference": reference, "lanes": lanes, "threads": max(1, int(cpus))},
+        compute=ray.data.TaskPoolStrategy(size=tasks),
+        fn_kwargs={"reference": reference, "lanes": lanes, "steps": steps, "threads": max(1, int(cpus))},
     )
     # Of CPUs more than enough: how many tasks there are is said above, and Ray Data keeps some of a limit for counting.
     stream.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=8 * cpus, object_store_memory=store)

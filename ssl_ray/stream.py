@@ -231,9 +231,9 @@ def step_bytes(data: TrainingData, lanes: int) -> int:
     return lanes * data.plan.batch // data.plan.lanes * spec.count * spec.channels * spec.size_px**2
 
 
-def steps_in_block(data: TrainingData, lanes: int) -> int:
-    """Steps that a worker with so many lanes gets at a time through Ray."""
-    return max(1, min(data.plan.steps_per_round, BLOCK_BYTES // step_bytes(data, lanes)))
+def steps_in_block(data: TrainingData, lanes: int, *, store: int) -> int:
+    """Steps that a worker with so many lanes gets at a time through Ray, where `store` bytes of views may wait."""
+    return max(1, min(data.plan.steps_per_round, min(BLOCK_BYTES, store // 4) // step_bytes(data, lanes)))
 
 
 def store_bytes(data: TrainingData, lanes: int, *, share: int | None = None) -> int:

@@ -1,6 +1,9 @@
-"""The stream in this process: what threads and blocks do to it, which is nothing."""
+"""The stream: threads and blocks change none of its bytes, and it waits for a trainer that is slow."""
 
 import io
+import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -50,3 +53,47 @@ def test_threads_and_steps_of_a_block_change_no_byte(data, threads, steps):
         assert np.array_equal(views, batch.views)
         assert np.array_equal(hashes, batch.hashes)
         assert bad == batch.bad
+
+
+_SLOW = """
+import json, os, sys, time
+from ssl_ray import plan, stream
+from ssl_ray.config import build
+from ssl_ray.train import cluster
+from ssl_ray.train.pretrain import open_data
+
+uri, share, keys = json.loads(sys.argv[1])
+data, _ = open_data(build({"data": {"uri": uri}}, keys))
+lanes = plan.lanes_of(0, 1, data.plan.lanes)
+with cluster.ray_session():
+    import ray
+    from ssl_ray import ray_stream
+    store = stream.store_bytes(data, len(lanes), share=share)
+    reference, used = ray.put(data), []
+    total = ray.cluster_resources()["object_store_memory"]
+    found = ray_stream.ray_stream(reference, lanes=lanes, first_step=0, stop_step=10**4, cpus=1.0, store=store)
+    batches = ray_stream.ray_batches(found.iterator().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+    for _ in range(40):
+        next(batches)
+        for _ in range(4):
+            time.sleep(0.1)
+            used.append(total - ray.available_resources()["object_store_memory"])
+    block = stream.steps_in_block(data, len(lanes), store=store) * stream.step_bytes(data, len(lanes))
+    print(json.dumps([store, block, used]), flush=True)
+    batches.close()
+    os._exit(0)  # the stream's threads would outlive Ray
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("share", [None, 100 * 2**20])
+def test_no_more_views_wait_for_a_slow_trainer_than_are_allowed(tmp_path, share):
+    write_tar(tmp_path / "0.tar", count=4500, bad=set())
+    shards.index(str(tmp_path))
+    keys = ["views.count=8", "views.size_px=64", "train.batch=64"]
+    command = [sys.executable, "-c", _SLOW, json.dumps([str(tmp_path), share, keys])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    store, block, used = json.loads(done.stdout.splitlines()[-1])
+    assert max(used) <= store + 3 * block, used  # two that the trainer fetches ahead, and the one it is at
+    assert max(used) > 2 * block  # it works ahead

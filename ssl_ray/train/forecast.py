@@ -60,7 +60,8 @@ def _views_in_flight(config: Config, data: stream.TrainingData, lanes: int) -> i
     step = stream.step_bytes(data, lanes)
     if config.train.workers == 0:
         return step
-    return stream.store_bytes(data, lanes) + 3 * stream.steps_in_block(data, lanes) * step
+    store = stream.store_bytes(data, lanes)
+    return store + 3 * stream.steps_in_block(data, lanes, store=store) * step
 
 
 def _time(config: Config, data: stream.TrainingData, network: Any, *, steps: int, share: float, total: int) -> dict[str, Any]:

@@ -17,6 +17,11 @@ from ssl_ray.train.loop import make_network
 CALIBRATION_IMAGES = 2048
 
 
+def _nothing_readable(chosen: Chosen) -> DataError:
+    uri = chosen.manifest.data_uri
+    return DataError(f"{uri}: no image for the read-outs can be read. Run `ssl-ray data check {uri}`.")
+
+
 def _features(network: Any, chosen: Chosen, config: Config) -> tuple[np.ndarray, np.ndarray | None, int]:
     """h [n, D], labels [n] or None, and how many images could not be read."""
     views = config.views
@@ -25,7 +30,7 @@ def _features(network: Any, chosen: Chosen, config: Config) -> tuple[np.ndarray,
         parts.append(features(network.features, images))
         kept.append(positions)
     if not parts:
-        raise DataError(f"{chosen.manifest.data_uri}: no image for the read-outs can be read. Run `ssl-ray data check`.")
+        raise _nothing_readable(chosen)
     positions = np.concatenate(kept)
     labels = None if chosen.labels is None else chosen.labels[positions]
     return np.concatenate(parts), labels, len(chosen.rows) - len(positions)
@@ -48,10 +53,10 @@ def evaluate_run(uri: str, *, checkpoint: str | None, threads: int = 1) -> dict[
         load_weights(storage.join(uri, "checkpoints", checkpoint), network)
     else:
         some, _ = choose(manifest, eval_manifest, held_out=data.eval_fraction, max_images=CALIBRATION_IMAGES)
-        images = np.concatenate(
-            [part for part, _ in plain_images(some, channels=config.views.channels, size_px=config.views.size_px)]
-        )
-        calibrate_batch_norm(network.encoder, images, batch=256, encode=network.features)
+        parts = [part for part, _ in plain_images(some, channels=config.views.channels, size_px=config.views.size_px)]
+        if not parts:
+            raise _nothing_readable(some)
+        calibrate_batch_norm(network.encoder, np.concatenate(parts), batch=256, encode=network.features)
     network.eval()
     train_h, train_y, train_lost = _features(network, train, config)
     test_h, test_y, test_lost = _features(network, test, config)
