@@ -18,6 +18,7 @@ OPTIONS = {
     "pretrain": {"--json", "--resume", "--config"},
     "evaluate": {"--json", "--step", "--untrained"},
     "plan": {"--json", "--config", "--no-probe"},
+    "profile": {"--json", "--steps"},
     "data pack": {"--json", "--split", "--root", "--download", "--seed", "--shard-mb", "--overwrite"},
     "data index": {"--json", "--output"},
     "data check": {"--json"},
@@ -28,7 +29,7 @@ OPTIONS = {
     "config diff": {"--json"},
     "runs list": {"--json"},
 }
-GROUPS = {"": {"pretrain", "evaluate", "plan", "data", "config", "runs"}}
+GROUPS = {"": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs"}}
 GROUPS |= {"data": {"pack", "index", "check", "stats", "preview"}, "config": {"show", "schema", "diff"}, "runs": {"list"}}
 
 
