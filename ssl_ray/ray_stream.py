@@ -27,7 +27,7 @@ from ssl_ray.stream import BadSample, Batch, Block, TrainingData, round_blocks, 
 
 PAUSE_S = 0.1
 """Between two turns of Ray Data's scheduling loop, while finished blocks wait for the trainer."""
-BLOCKS_AHEAD = 4
+BLOCKS_AHEAD = 8
 """So many blocks of a task may wait for the scheduling loop, which comes by every .2 s, before the task does."""
 CLAIM = 0.75
 """Of a stream's CPUs, for a task: more than half, so that the second of two waits for the first unless other CPUs are free.
