@@ -13,7 +13,6 @@ from ssl_ray import plan, shards, storage, stream, views
 from ssl_ray.config import Config
 from ssl_ray.errors import Stopped
 from ssl_ray.train import cluster, loop, runs
-from ssl_ray.train.readouts import evaluate_run
 
 POLL_S = 0.5
 """Seconds between two looks at the run's files."""
@@ -218,13 +217,15 @@ def _train_here(opened: Opened, watch: Watch) -> loop.Outcome:
 
 
 def _evaluate_here(uri: str, checkpoint: str | None) -> "Future[dict[str, Any]]":
+    from ssl_ray.train.readouts import evaluate_run
+
     done: Future[dict[str, Any]] = Future()
     done.set_result(evaluate_run(uri, checkpoint=checkpoint))
     return done
 
 
 def drive(opened: Opened, train: Train, asked: _Asked, progress: Progress, *, beside: Callable[[], None] = lambda: None) -> None:
-    """Trains, and calls `beside` now and then until it is to stop; raises what ended the run early."""
+    """Trains, and from the first step on calls `beside` now and then until it is to stop; raises what ended the run early."""
     uri = opened.uri
     watch = _Watch(uri, progress)
     with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
@@ -236,7 +237,7 @@ def drive(opened: Opened, train: Train, asked: _Asked, progress: Progress, *, be
                 storage.write_atomic(storage.join(uri, "stop"), b"")
                 told = True
             watch.look()
-            if not asked.came:
+            if watch.begun and not asked.came:
                 beside()
             wait([training], timeout=POLL_S)
         watch.look()
@@ -254,6 +255,8 @@ class _Watch:
         committed = runs.read_marker(uri).step
         self.segment, self.seen = runs.segment_name(committed), committed - 1
         self.failures = runs.failure_names(uri)
+        self.begun = False
+        """Whether a step was seen."""
 
     def look(self) -> None:
         failures = runs.failure_names(self.uri)
@@ -266,7 +269,7 @@ class _Watch:
         for record in runs.read_metrics(self.uri, first_segment=self.segment):
             if record["step"] > self.seen:
                 self.progress("step", record)
-                self.seen = record["step"]
+                self.seen, self.begun = record["step"], True
         self.segment = names[-1] if names else self.segment
 
 

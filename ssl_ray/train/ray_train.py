@@ -7,19 +7,21 @@ are made; each worker asserts it. Ray's own checkpoints and reports are not used
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
 import ray.train
 from ray.exceptions import RayTaskError
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from ssl_ray import plan, ray_stream, stream
 from ssl_ray.config import Config
 from ssl_ray.errors import ResourceError, SslRayError, TrainingError
-from ssl_ray.train import loop, runs
-from ssl_ray.train.readouts import evaluate_run
+from ssl_ray.train import runs
+
+if TYPE_CHECKING:
+    # Imported where they are used: the actor that makes the streams needs this module, and no torch, which takes a second.
+    from ssl_ray.train import loop
 
 IDLE_STARTS = 5
 """So many starts in a row without a new checkpoint end the run."""
@@ -102,19 +104,24 @@ class KeepFailures(ray.train.UserCallback):
         runs.write_failure(self.run, {rank: str(error) for rank, error in worker_exceptions.items()})
 
 
-def _work(given: dict[str, Any]) -> loop.Outcome:
+def _work(given: dict[str, Any]) -> "loop.Outcome":
     """What a Ray Train worker runs. A user's error is returned, since Ray would start the workers again if it were raised."""
     try:
         return _work_or_raise(given)
     except SslRayError as error:
         # One from the actor that makes the streams is of a class that Ray derived, which only Ray can unpickle.
+        from ssl_ray.train import loop
+
         cause = error.cause if isinstance(error, RayTaskError) else error
         return loop.Outcome(runs.read_marker(given["run"]).step, cause)
 
 
-def _work_or_raise(given: dict[str, Any]) -> loop.Outcome:
+def _work_or_raise(given: dict[str, Any]) -> "loop.Outcome":
     import torch
     import torch.distributed as dist
+    from ray.train.torch import get_device
+
+    from ssl_ray.train import loop
 
     config: Config = given["config"]
     run: str = given["run"]
@@ -135,12 +142,14 @@ def _work_or_raise(given: dict[str, Any]) -> loop.Outcome:
         marker=marker,
         group=group,
         rank=rank,
-        device=ray.train.torch.get_device(),
+        device=get_device(),
     )
 
 
 def evaluate(uri: str, checkpoint: str | None, *, cpus: float) -> "Future[dict[str, Any]]":
     """The read-outs of a checkpoint, in a task beside the workers."""
+    from ssl_ray.train.readouts import evaluate_run
+
     remote: Any = ray.remote  # its annotation knows no keyword-only arguments
     return remote(evaluate_run).options(num_cpus=cpus).remote(uri, checkpoint=checkpoint).future()
 
@@ -148,19 +157,21 @@ def evaluate(uri: str, checkpoint: str | None, *, cpus: float) -> "Future[dict[s
 def train(
     config: Config,
     data: stream.TrainingData,
-    schedule: loop.Schedule,
+    schedule: "loop.Schedule",
     *,
     run: str,
     resources: Resources,
     scratch: str,
     watch: Callable[[Iterator[stream.Batch]], Iterator[stream.Batch]],
     environment: dict[str, str],
-) -> loop.Outcome:
+) -> "loop.Outcome":
     """Trains the run at `run` on the cluster that is joined; returns how it ended. Workers that die are started again.
 
     scratch: a folder for what Ray Train notes of its own.  watch: what hands on the batches of worker 0.
     environment: variables of the workers.
     """
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     reference = ray.put(data)
     work: Any = _work  # Ray passes on what it returns, which its annotation does not foresee
     trainer = TorchTrainer(
