@@ -162,6 +162,11 @@ def test_rooms_and_what_reads_no_weights_work_without_torch_and_ray():
     libraries = ("numpy", "pyarrow.parquet", "jsonargparse", "yaml", "fsspec", "PIL.Image")
     rooms = [f"ssl_ray.{name}" for name in WITHOUT_TORCH]
     assert_loaded(WITHOUT_TORCH, fresh(rooms, blocked=blocked, preloaded=libraries))
+    # What Ray's actors load that make the streams, of which a run starts several.
+    makers = ["ray_stream", "train.ray_train"]
+    assert_loaded(
+        makers, fresh([f"ssl_ray.{name}" for name in makers], blocked=["torch", "scipy.ndimage"], preloaded=("pandas",))
+    )
     lines = [["--help"], ["--version"], *([*verb, "--help"] for verb in VERBS)]
     lines += [["config", "show", "views.count=8"], ["config", "schema"], ["config", "diff", "digits", "folder"], ["runs", "list"]]
     results = fresh(lines, blocked=blocked, preloaded=libraries)

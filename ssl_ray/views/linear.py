@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.ndimage import correlate1d
 
 from ssl_ray.config import Views
 from ssl_ray.views.params import ViewParams, draw
@@ -93,6 +92,8 @@ def _rows(images: np.ndarray) -> np.ndarray:
 
 def _views_of(rows: np.ndarray, which: np.ndarray, params: ViewParams, *, size: int) -> np.ndarray:
     """uint8 [V, C, size, size]: views of rows[which], rows [n, H, C, W]; params of [V]."""
+    from scipy.ndimage import correlate1d  # here: it takes a quarter of a second, in every process of a run
+
     channels = rows.shape[2]
     taps_y, weights_y = resize_taps(params.height, size)
     taps_x, weights_x = resize_taps(params.width, size)
