@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gzip
-import io
 import itertools
 import os
 import shutil
@@ -79,20 +78,27 @@ def _root(name: str, root: str | None) -> Path:
     return Path(root)
 
 
-def _png(pixels: np.ndarray) -> bytes:
-    from PIL import Image as PillowImage
+def stored_png(pixels: np.ndarray) -> bytes:
+    """A PNG of uint8 [H, W] or [H, W, 3] whose pixels are stored, not compressed or filtered: read ten times as fast.
 
-    sink = io.BytesIO()
-    PillowImage.fromarray(pixels).save(sink, "PNG")
-    return sink.getvalue()
+    Pillow filters rows even at compress_level=0.
+    """
+    height, width = pixels.shape[:2]
+    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))  # [H, 1 + W * C], the first byte for "no filter"
+    header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    chunks = (b"IHDR" + header, b"IDAT" + zlib.compress(rows.tobytes(), 0), b"IEND")
+    framed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
-def _of_arrays(name: str, pixels: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None) -> Source:
+def of_arrays(name: str, pixels: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None) -> Source:
     """pixels uint8 [n, H, W] or [n, H, W, 3]; label -1 is none."""
 
     def read(numbers: Sequence[int] | np.ndarray) -> list[Image]:
         own = [-1] * len(pixels) if labels is None else labels
-        return [(f"{name}-{i:08d}", _png(pixels[i]), "png", int(own[i]) if own[i] >= 0 else None) for i in map(int, numbers)]
+        return [
+            (f"{name}-{i:08d}", stored_png(pixels[i]), "png", int(own[i]) if own[i] >= 0 else None) for i in map(int, numbers)
+        ]
 
     return Source(name, len(pixels), class_names, read)
 
@@ -102,7 +108,7 @@ def _digits() -> Source:
 
     data = load_digits()
     pixels = np.round(data.images * (255 / 16)).astype(np.uint8)
-    return _of_arrays("digits", pixels, data.target, [str(digit) for digit in range(10)])
+    return of_arrays("digits", pixels, data.target, [str(digit) for digit in range(10)])
 
 
 FASHION_CLASSES = [
@@ -127,7 +133,7 @@ def _fashion_mnist(root: Path, split: str) -> Source:
         raise DataError(f"{root}: {len(pixels)} {split} images but {len(labels)} labels. Fetch the files again.")
     if len(labels) and labels.max() >= len(FASHION_CLASSES):
         raise DataError(f"{root}: label out of range: got {labels.max()}, expected 0 to 9. Fetch the files again.")
-    return _of_arrays(f"fashion-mnist-{split}", pixels, labels.astype(np.int64), FASHION_CLASSES)
+    return of_arrays(f"fashion-mnist-{split}", pixels, labels.astype(np.int64), FASHION_CLASSES)
 
 
 def _idx(root: Path, name: str, *, dimensions: int) -> np.ndarray:
@@ -154,10 +160,10 @@ def _torchvision(name: str, root: Path, split: str, download: bool) -> Source:
         if name == "stl10":
             data = datasets.STL10(str(root), split=split, download=download)
             pixels = np.ascontiguousarray(data.data.transpose(0, 2, 3, 1))  # [n, 3, H, W] -> [n, H, W, 3]
-            return _of_arrays(f"stl10-{split}", pixels, np.asarray(data.labels), list(data.classes))
+            return of_arrays(f"stl10-{split}", pixels, np.asarray(data.labels), list(data.classes))
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         data = kind(str(root), train=split == "train", download=download)
-        return _of_arrays(f"{name}-{split}", data.data, np.asarray(data.targets), list(data.classes))
+        return of_arrays(f"{name}-{split}", data.data, np.asarray(data.targets), list(data.classes))
     except (RuntimeError, OSError) as error:
         message = " ".join(str(error).split())
         raise DataError(f"{name}: {root}: {message} Give the folder with --root, or --download.") from error

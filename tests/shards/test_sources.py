@@ -89,6 +89,7 @@ def test_fashion_mnist_is_what_its_idx_files_hold(fashion, tmp_path, split, zipp
     for i in range(7):
         sample = found[f"fashion-mnist-{split}-{i:08d}"]
         assert (pixels(sample["png"]) == images[i]).all()
+        assert all(row.tobytes() in sample["png"] for row in images[i])  # stored, not compressed
         assert int(sample["cls"]) == numbers[i]
     assert manifest.class_names[9] == "Ankle boot"
     assert manifest.class_counts == (1, 1, 1, 2, 0, 0, 0, 0, 0, 2)
