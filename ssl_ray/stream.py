@@ -178,27 +178,30 @@ class _Round:
     def _earlier(self) -> Samples:
         return self._read(slice(0, self.first_k))
 
-    def _sample(self, k: int, lane: int, j: int) -> tuple[Samples, int]:
+    def _step(self, k: int) -> tuple[Samples, int]:
+        """The samples among which those of a step lie, lane after lane, and where they begin."""
         samples, step = (self.samples, k - self.first_k) if k >= self.first_k else (self._earlier, k)
-        return samples, (step * self.lanes + lane) * self.per_lane + j
+        return samples, step * self.lanes * self.per_lane
 
-    def image(self, k: int, lane: int, j: int) -> np.ndarray | str:
-        """uint8 [C, H, W], or why there is none."""
-        samples, position = self._sample(k, lane, j)
-        data = samples.images[position]
-        if data is None:
-            return samples.problems[position]
-        try:
-            return views.decode(data, channels=self.data.views.channels, least_pixels=self.least_pixels)
-        except views.UndecodableImage as error:
-            return str(error)
+    def _decoded(self, k: int, positions: range) -> list[np.ndarray | str]:
+        """uint8 [C, H, W] of each of those at `positions` of a step, or why there is none."""
+        samples, first = self._step(k)
+        where = range(first + positions.start, first + positions.stop)
+        decoded = views.decode_many(
+            samples.images[where.start : where.stop], channels=self.data.views.channels, least_pixels=self.least_pixels
+        )
+        found: list[np.ndarray | str] = []
+        for at, image in zip(where, decoded, strict=True):
+            found.append(image if isinstance(image, np.ndarray) else samples.problems[at] if image is None else str(image))
+        return found
 
     def stand_in(self, k: int, lane: int, j: int) -> np.ndarray:
         """The image for a bad sample: the nearest good one in its lane's slice of the step, else in its lane's round."""
         own = k * self.per_lane + j
         run = np.arange(self.shards.shape[0] * self.per_lane)
-        for position in run[np.lexsort((run, abs(run - own), run // self.per_lane != k))]:
-            image = self.image(int(position) // self.per_lane, lane, int(position) % self.per_lane)
+        for nearest in run[np.lexsort((run, abs(run - own), run // self.per_lane != k))].tolist():
+            position = lane * self.per_lane + nearest % self.per_lane
+            (image,) = self._decoded(nearest // self.per_lane, range(position, position + 1))
             if not isinstance(image, str):
                 return image
         name = self.data.manifest.names[int(self.shards[k, lane, j])]
@@ -206,22 +209,21 @@ class _Round:
 
     def images(self, k: int, positions: range) -> tuple[list[np.ndarray], list[BadSample]]:
         """Those at `positions` of a step, uint8 [C, H, W] each, and which of them are stand-ins."""
+        samples, first = self._step(k)
         images: list[np.ndarray] = []
         bad: list[BadSample] = []
-        for position in positions:
-            lane, j = divmod(position, self.per_lane)
-            image = self.image(k, lane, j)
+        for position, image in zip(positions, self._decoded(k, positions), strict=True):
             if isinstance(image, str):
-                samples, at = self._sample(k, lane, j)
+                lane, j = divmod(position, self.per_lane)
                 name = self.data.manifest.names[int(self.shards[k, lane, j])].as_py()
-                bad.append(BadSample(name, samples.keys[at], image))
+                bad.append(BadSample(name, samples.keys[first + position], image))
                 image = self.stand_in(k, lane, j)
             images.append(image)
         return images, bad
 
     def hashes(self, k: int) -> np.ndarray:
         """uint64 [B]: of the samples of a step."""
-        samples, first = self._sample(k, 0, 0)
+        samples, first = self._step(k)
         return samples.hashes[first : first + self.lanes * self.per_lane]
 
 

@@ -82,14 +82,7 @@ def plain_images(chosen: Chosen, *, channels: int, size_px: int) -> Iterator[tup
     for start in range(0, len(chosen.rows), _BATCH):
         part = slice(start, start + _BATCH)
         samples = shards.read_samples(chosen.manifest, chosen.shards[part], chosen.rows[part])
-        images, positions = [], []
-        for i, data in enumerate(samples.images):
-            if data is None:
-                continue
-            try:
-                images.append(views.decode(data, channels=channels))
-            except views.UndecodableImage:
-                continue
-            positions.append(start + i)
-        if images:
-            yield views.plain(images, size_px=size_px), np.array(positions, np.int64)
+        decoded = views.decode_many(samples.images, channels=channels)
+        good = {start + i: image for i, image in enumerate(decoded) if isinstance(image, np.ndarray)}
+        if good:
+            yield views.plain(list(good.values()), size_px=size_px), np.array(list(good), np.int64)

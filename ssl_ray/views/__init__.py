@@ -1,6 +1,6 @@
 """Encoded images to uint8 views; device.py, which needs torch, makes them or a part of that on a device."""
 
-from ssl_ray.views.decode import UndecodableImage, decode
+from ssl_ray.views.decode import UndecodableImage, decode, decode_many
 from ssl_ray.views.make import crops_only, load, make_views, plain
 from ssl_ray.views.params import ViewParams, draw, least_pixels
 from ssl_ray.views.preview import preview
@@ -10,6 +10,7 @@ __all__ = [
     "ViewParams",
     "crops_only",
     "decode",
+    "decode_many",
     "draw",
     "least_pixels",
     "load",

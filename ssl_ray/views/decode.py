@@ -9,14 +9,15 @@ channels; colour becomes luma (Rec. 601) for one.  Colour profiles are not appli
 A file that ends too early is refused, even where another library told Pillow to fill what is missing with grey.
 
 Common JPEG and PNG files take a short way (libjpeg-turbo through simplejpeg; png.py) to the same pixels: 10 and 20 us for an
-image of 32 px, where Pillow takes 55 and 45. Whatever that way does not know or finds fault with goes to Pillow, which decides.
+image of 32 px, where Pillow takes 55 and 45; PNGs that are not compressed, many at once, a shorter one (stored.py): 1 us.
+Whatever these ways do not know or find fault with goes to Pillow, which decides.
 """
 
 import contextlib
 import io
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import simplejpeg
@@ -53,6 +54,28 @@ def decode(data: bytes | memoryview, *, channels: int, least_pixels: int | None 
         pixels = _decode_any(data, channels=channels)
     # [H, W] or [H, W, 3] -> [C, H, W]
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def decode_many(
+    images: Sequence[bytes | memoryview | None], *, channels: int, least_pixels: int | None = None
+) -> list[np.ndarray | UndecodableImage | None]:
+    """What `decode` gives for each of them, or the error it raises; None where there are no bytes.
+
+    They may share memory: one that is kept keeps the others too.
+    """
+    from ssl_ray.views.stored import decode_stored  # here, since numba takes .3 s to import
+
+    pngs = [data if data is not None and data[:1] == b"\x89" else b"" for data in images]  # the others need not be copied
+    found: list[np.ndarray | UndecodableImage | None] = []
+    for data, pixels in zip(images, decode_stored(pngs, channels=channels, max_pixels=MAX_PIXELS), strict=True):
+        if pixels is not None or data is None:
+            found.append(pixels)
+            continue
+        try:
+            found.append(decode(data, channels=channels, least_pixels=least_pixels))
+        except UndecodableImage as error:
+            found.append(error)
+    return found
 
 
 def _decode_fast(data: bytes | memoryview, *, channels: int, least_pixels: int | None) -> np.ndarray | None:

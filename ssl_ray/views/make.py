@@ -52,11 +52,12 @@ def plain(images: Sequence[np.ndarray], *, size_px: int) -> np.ndarray:
 
 def load() -> None:
     """Compiles the kernels, or finds them compiled: some seconds the first time on a machine, else a fraction of one."""
-    from ssl_ray.views import draws, kernel, png
+    from ssl_ray.views import draws, kernel, png, stored
 
     kernel.load()
     draws.load()
     png.load()
+    stored.load()
 
 
 def views_of(
