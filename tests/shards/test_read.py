@@ -17,7 +17,7 @@ from tars import read_tar, samples, write_tar
 from ssl_ray import shards
 from ssl_ray.errors import DataError
 
-COUNTS = (5, 1, 40)
+COUNTS = (5, 1, 30)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_any_samples_in_any_order_with_repeats_are_those_that_tarfile_reads(data
     assert got.labels.tolist() == [int(truth[s][f"{r:06d}.cls"]) for s, r in pairs]
     assert got.hashes.tolist() == [shards.index_rows(manifest, s)["hash"][r].as_py() for s, r in pairs]
     assert got.problems == {}
-    assert got.requests <= len({s for s, _ in pairs})  # small shards: one request each
+    assert got.requests <= len({s for s, _ in pairs})  # small shards, without a gap of 64 KiB: one request each
 
 
 def test_a_run_of_samples_is_one_request_of_its_bytes(data):
