@@ -9,9 +9,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ssl_ray import shards
+from ssl_ray.shards.sources import of_arrays
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 """Of scikit-image."""
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "arrays": "png"}
+"""Of the images that write_shards writes, by kind."""
 
 
 def photographs() -> list[Image.Image]:
@@ -43,18 +46,23 @@ def large(count: int) -> list[bytes]:
 
 
 def small(count: int) -> list[bytes]:
-    """PNG of 32x32 pixels, as `ssl-ray data pack` stores CIFAR-10."""
+    """PNG of 32x32 pixels, compressed as Pillow does it."""
     return [_encoded(piece, "PNG") for piece in pieces(count, 32, 32, smallest=0.2)]
 
 
-def write_shards(folder: Path, *, count: int, kind: str, size: int = 32) -> shards.Manifest:
-    """Packs pieces of `size` pixels of ten classes below `folder`, as `jpeg` of quality 90 or as `png`."""
-    images, options = folder / "images", {"quality": 90} if kind == "jpeg" else {}
-    for i, piece in enumerate(pieces(count, size, size, smallest=0.2)):
-        at = images / str(i % 10) / f"{i:06d}.{kind}"
-        at.parent.mkdir(parents=True, exist_ok=True)
-        at.write_bytes(_encoded(piece, kind, **options))
-    return shards.pack(shards.open_source(str(images), split="train", root=None, download=False), str(folder / "shards"))
+def write_shards(folder: Path, *, count: int, kind: str, size: int = 32, shard_bytes: int = 2**26) -> shards.Manifest:
+    """Packs pieces of `size` pixels of ten classes below `folder`: files, `jpeg` of quality 90 or `png`, or `arrays`."""
+    made = pieces(count, size, size, smallest=0.2)
+    if kind == "arrays":
+        source = of_arrays("pieces", np.stack([np.asarray(piece) for piece in made]), np.arange(count) % 10, None)
+    else:
+        images, options = folder / "images", {"quality": 90} if kind == "jpeg" else {}
+        for i, piece in enumerate(made):
+            at = images / str(i % 10) / f"{i:06d}.{EXTENSIONS[kind]}"
+            at.parent.mkdir(parents=True, exist_ok=True)
+            at.write_bytes(_encoded(piece, kind, **options))
+        source = shards.open_source(str(images))
+    return shards.pack(source, str(folder / "shards"), shard_bytes=shard_bytes)
 
 
 def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
