@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from ssl_ray.train import cluster, loop, runs
 
 POLL_S = 0.5
 """Seconds between two looks at the run's files."""
+ONE_REQUEST_S = 1.0
+"""Signals within so many seconds are one request to stop: `timeout` sends it to the process and to its group."""
 
 Progress = Callable[[str, dict[str, Any]], None]
 """Called with `stage` {text}, `step` (a step's record), `evaluation` (read-outs)."""
@@ -118,15 +121,22 @@ def start_record(opened: Opened, step: int) -> dict[str, Any]:
 
 
 class _Asked:
-    """Whether SIGINT or SIGTERM came; a second one ends the process at once."""
+    """Whether SIGINT or SIGTERM came. One that comes later, when the first had its time to work, ends the process at once."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.first: float | None = None
+
+    @property
+    def came(self) -> bool:
+        return self.first is not None
 
     def _note(self, _number: int, _frame: object) -> None:
-        if self.came:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now
+        elif now - self.first > ONE_REQUEST_S:
+            os.write(2, b"\nssl-ray: stopped at once; the same command continues from the last checkpoint.\n")
             os._exit(Stopped.exit_code)
-        self.came = True
 
     def listen(self) -> dict[int, Any]:
         """Takes over both signals; returns the handlers that were there."""

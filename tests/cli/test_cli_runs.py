@@ -241,6 +241,21 @@ def test_a_terminated_run_leaves_a_checkpoint_and_the_same_command_continues_it_
     assert_continues(pretrain, uri, undisturbed, *keys)
 
 
+def test_signals_that_come_together_are_one_request_and_a_later_one_ends_the_process_at_once():
+    code = "import time; from ssl_ray.train.pretrain import signals\nwith signals(): print(flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "\n"
+        for pause_s in (0.1, 1.2):  # `timeout` signals the process and its group
+            process.terminate()
+            time.sleep(pause_s)
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait(10) == 130
+        said = "ssl-ray: stopped at once; the same command continues from the last checkpoint."
+        assert process.stderr.read().split("\n") == ["", said, ""]
+
+
 def test_control_c_on_a_terminal_leaves_a_checkpoint_and_the_same_command_continues_it_exactly(
     pretrain, packed, tmp_path, undisturbed
 ):
