@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -44,10 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
 def run(arguments: list[str] | None = None) -> NoReturn:
     """`main` as a process. It ends at once: while the interpreter takes itself apart, threads of its libraries may abort it
     (one in eight packs on a busy machine), after all the work is done."""
+    signal.signal(signal.SIGTERM, _interrupt)
     code = main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _interrupt(number: int, _frame: object) -> NoReturn:
+    """Ends a verb as Ctrl-C does, once: `timeout` sends the signal to the process and to its group."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def recipe_names() -> list[str]:

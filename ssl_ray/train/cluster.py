@@ -1,18 +1,28 @@
-"""Joining or starting a Ray cluster."""
+"""Joining or starting a Ray cluster.
 
+Ray blocks, for a minute where its processes are gone. What waits for it does so in threads, so that this process hears
+signals whatever becomes of Ray.
+"""
+
+import contextlib
+import dataclasses
 import logging
 import os
 import re
 import shutil
+import signal
+import socket
+import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ssl_ray import storage
-from ssl_ray.errors import ResourceError, SslRayError, Stopped, TrainingError
+from ssl_ray.errors import ResourceError, SslRayError, TrainingError
 
 SCRATCH = Path("/tmp")
 """Ray makes sockets below its folder, whose paths may have 107 characters: $TMPDIR may be too long."""
@@ -20,29 +30,75 @@ KEEP_LOGS_S = 24 * 3600.0
 """Folders of processes that are gone are removed after so long."""
 
 
+LISTEN_S = 0.1
+"""Seconds between two calls of `listen` while Ray starts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A cluster that was joined."""
+
+    folder: Path
+    """Of this process; it ends with the session."""
+    available: dict[str, float]
+    """What was free of the cluster's resources."""
+    address: str
+    """Of Ray's head."""
+    call: Callable[..., "Future[Any]"]
+    """Runs a function that waits for Ray, in a thread. Where one still runs at the end of the session, Ray is killed."""
+
+
 @contextmanager
-def ray_session() -> Iterator[Path]:
+def ray_session(listen: Callable[[], None] = lambda: None) -> Iterator[Session]:
     """Ray for as long as the context lasts, and a folder of this process; both end with it.
 
+    listen: called again and again while Ray starts; what it raises ends the start.
     Where the end is an error that Ray's logs may explain, the folder stays for a day. Raises as start_ray does.
     """
     _sweep()
     folder = Path(tempfile.mkdtemp(prefix=f"ssl-ray-{os.getpid()}-", dir=SCRATCH))
-    keep = False
-    try:
-        start_ray(folder)
-        import ray
+    # The kernel kills Ray's processes when the thread that started them ends, so it is one that lasts.
+    threads = ThreadPoolExecutor(thread_name_prefix="ray")
+    called: list[Future[Any]] = []
+    processes: list[subprocess.Popen] = []
+    address, keep = "", False
 
-        try:
-            yield folder
-        finally:
-            ray.shutdown()
+    def call(work: Callable[..., Any], *given: Any) -> "Future[Any]":
+        called.append(threads.submit(work, *given))
+        return called[-1]
+
+    try:
+        starting = call(start_ray, folder, processes)
+        while not starting.done():
+            listen()
+            wait([starting], timeout=LISTEN_S)
+        listen()
+        available, address = starting.result()
+        yield Session(folder, available, address, call)
     except BaseException as error:
         keep = isinstance(error, TrainingError) or not isinstance(error, SslRayError)
         raise
     finally:
+        if all(future.done() for future in called) and address and answers(address):
+            import ray
+
+            ray.shutdown()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        threads.shutdown(wait=False)
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(address: str) -> bool:
+    """Whether the head of a cluster, at HOST:PORT, takes connections."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def _sweep() -> None:
@@ -57,11 +113,12 @@ def _sweep() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_ray(folder: Path) -> None:
+def start_ray(folder: Path, processes: list[subprocess.Popen]) -> tuple[dict[str, float], str]:
     """Joins the cluster that RAY_ADDRESS names, else starts a local one with token authentication, without dashboard.
 
-    folder: where a local one keeps its sockets and logs.
-    Raises ResourceError if the cluster cannot be reached or started, Stopped if SIGTERM came meanwhile.
+    folder: where a local one keeps its sockets and logs.  processes: a list for those that it starts, each the first of a
+    process group.  Returns the resources that are free and the address of the head.
+    Raises ResourceError if the cluster cannot be reached or started.
     """
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -79,11 +136,33 @@ def start_ray(folder: Path) -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**common)
         else:
-            ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, _temp_dir=str(folder), **common)
-    except SystemExit as error:  # Ray's own handler of SIGTERM, which ray.init installs
-        raise Stopped("stopped while Ray started; the same command continues.") from error
+            with _groups_of_their_own(processes):
+                ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, _temp_dir=str(folder), **common)
+        return ray.available_resources(), ray.get_runtime_context().gcs_address
     except (RuntimeError, ConnectionError, TimeoutError) as error:
         raise ResourceError(
             f"Ray did not start or cannot be reached ({storage.one_line(error)}). Check RAY_ADDRESS, the token and free memory, "
             "or set train.workers=0 to train in this process."
         ) from error
+
+
+@contextmanager
+def _groups_of_their_own(processes: list[subprocess.Popen]) -> Iterator[None]:
+    """What Ray starts meanwhile goes to `processes`, and into process groups of its own (seen with Ray 2.60).
+
+    Signals to the group of this process, which terminals, shells and `timeout` send, would end Ray before the workers leave
+    a checkpoint. That Ray's processes die with this one is the kernel's work.
+    """
+    from ray._private import services
+
+    popen: Any = services.ConsolePopen
+
+    def start(*command: Any, **options: Any) -> subprocess.Popen:
+        processes.append(popen(*command, process_group=0, **options))
+        return processes[-1]
+
+    services.ConsolePopen = start  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen  # type: ignore[misc]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ssl_ray import plan, shards, storage, stream, views
 from ssl_ray.config import Config
-from ssl_ray.errors import Stopped
+from ssl_ray.errors import SslRayError, Stopped
 from ssl_ray.train import cluster, loop, runs
 
 POLL_S = 0.5
@@ -97,9 +97,9 @@ def pretrain(config: Config, *, resume: str, progress: Progress) -> dict[str, An
         if complete:
             return runs.read_json(summary_at)
         storage.remove(storage.join(uri, "stop"))
-        with made_ready(opened, asked, progress) as (train, evaluate):
-            readouts = _Readouts(uri, evaluate, progress)
-            drive(opened, train, asked, progress, beside=readouts.advance)
+        with made_ready(opened, asked, progress) as ready:
+            readouts = _Readouts(uri, ready.evaluate, progress)
+            drive(opened, ready, asked, progress, beside=readouts.advance)
             progress("stage", {"text": "reading out"})
             readouts.finish(asked)
         summary = summarise(opened)
@@ -150,48 +150,69 @@ class _Asked:
 
 @contextmanager
 def signals() -> Iterator[_Asked]:
-    """Takes SIGINT and SIGTERM as requests to stop, for as long as it lasts."""
+    """Takes SIGINT and SIGTERM as requests to stop, for as long as it lasts.
+
+    Raises Stopped for whatever Ray fails with after one: a scheduler signals all processes of a job, Ray's too.
+    """
     asked = _Asked()
     before = asked.listen()
     try:
         yield asked
+    except Exception as error:
+        if isinstance(error, SslRayError) or not asked.came:
+            raise
+        raise Stopped(_STOPPED_EARLY) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+_STOPPED_EARLY = "stopped without a checkpoint of the last steps; the same command continues."
+
+
 # Training in a side thread, while this one watches, reads out and listens ---------------------------------------------
 
-Train = Callable[[], loop.Outcome]
 Evaluate = Callable[[str, str | None], "Future[dict[str, Any]]"]
 Watch = Callable[[Iterator[stream.Batch]], Iterator[stream.Batch]]
 """Hands on the batches of worker 0."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """What trains and what reads out."""
+
+    train: Callable[[], "Future[loop.Outcome]"]
+    evaluate: Evaluate
+    alive: Callable[[], bool]
+    """False where training can come to no end, since Ray is gone."""
+
+
 @contextmanager
 def made_ready(
     opened: Opened, asked: _Asked, progress: Progress, *, watch: Watch = iter, environment: dict[str, str] | None = None
-) -> Iterator[tuple[Train, Evaluate]]:
-    """What trains and what reads out, on Ray (which runs as long as the context) or, with train.workers=0, in this process.
+) -> Iterator[Ready]:
+    """Makes ready on Ray (which runs as long as the context) or, with train.workers=0, in this process.
 
     environment: variables of the workers.
     """
     config = opened.config
     if config.train.workers == 0:
         os.environ |= environment or {}
-        yield functools.partial(_train_here, opened, watch), _evaluate_here
+        with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
+            yield Ready(lambda: pool.submit(_train_here, opened, watch), _evaluate_here, alive=lambda: True)
         return
     progress("stage", {"text": "starting Ray"})
     views.load()  # once here, or all tasks of a new machine would compile at the same time
-    with cluster.ray_session() as folder:
-        asked.listen()  # again: ray.init puts a handler of its own in the place of ours
-        asked.stop_here("before training")
-        import ray
 
+    def listen() -> None:
+        asked.listen()  # again: Ray's C++ puts a handler of its own in the place of ours
+        asked.stop_here("while Ray started")
+
+    with cluster.ray_session(listen) as session:
         from ssl_ray.train import ray_train
 
         workers, threads = config.train.workers, config.train.threads
-        resources = ray_train.plan_resources(ray.available_resources(), workers=workers, threads=threads)
+        resources = ray_train.plan_resources(session.available, workers=workers, threads=threads)
         progress("stage", {"text": f"starting {workers} worker{'s' * (workers > 1)}"})
         train = functools.partial(
             ray_train.train,
@@ -200,11 +221,15 @@ def made_ready(
             opened.schedule,
             run=opened.uri,
             resources=resources,
-            scratch=str(folder / "train"),
+            scratch=str(session.folder / "train"),
             watch=watch,
             environment=environment or {},
         )
-        yield train, functools.partial(ray_train.evaluate, cpus=resources.evaluate_cpus)
+        yield Ready(
+            lambda: session.call(train),
+            functools.partial(ray_train.evaluate, cpus=resources.evaluate_cpus),
+            alive=lambda: cluster.answers(session.address),
+        )
 
 
 def _train_here(opened: Opened, watch: Watch) -> loop.Outcome:
@@ -234,24 +259,25 @@ def _evaluate_here(uri: str, checkpoint: str | None) -> "Future[dict[str, Any]]"
     return done
 
 
-def drive(opened: Opened, train: Train, asked: _Asked, progress: Progress, *, beside: Callable[[], None] = lambda: None) -> None:
+def drive(opened: Opened, ready: Ready, asked: _Asked, progress: Progress, *, beside: Callable[[], None] = lambda: None) -> None:
     """Trains, and from the first step on calls `beside` now and then until it is to stop; raises what ended the run early."""
     uri = opened.uri
     watch = _Watch(uri, progress)
-    with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
-        training = pool.submit(train)
-        told = False
-        while not training.done():
-            if asked.came and not told:
-                progress("stage", {"text": "stopping: waiting for the step to end and its checkpoint to be stored"})
-                storage.write_atomic(storage.join(uri, "stop"), b"")
-                told = True
-            watch.look()
-            if watch.begun and not asked.came:
-                beside()
-            wait([training], timeout=POLL_S)
+    training = ready.train()
+    told = False
+    while not training.done():
+        if asked.came and not told:
+            progress("stage", {"text": "stopping: waiting for the step to end and its checkpoint to be stored"})
+            storage.write_atomic(storage.join(uri, "stop"), b"")
+            told = True
+        if told and not ready.alive():
+            raise Stopped(_STOPPED_EARLY)
         watch.look()
-        outcome = training.result()
+        if watch.begun and not asked.came:
+            beside()
+        wait([training], timeout=POLL_S)
+    watch.look()
+    outcome = training.result()
     storage.remove(storage.join(uri, "stop"))
     if outcome.error is not None:
         raise outcome.error

@@ -41,8 +41,8 @@ def profile(config: Config, *, steps: int, progress: Progress) -> dict[str, Any]
         opened = dataclasses.replace(opened, schedule=Schedule(FIRST + steps + 1, opened.schedule.steps_per_epoch, None))
         progress("start", start_record(opened, 0) | {"complete": False})
         watch = functools.partial(traced, run=uri, steps=steps)
-        with made_ready(opened, asked, progress, watch=watch, environment={"CUDA_LAUNCH_BLOCKING": "1"}) as (train, _):
-            drive(opened, train, asked, progress)
+        with made_ready(opened, asked, progress, watch=watch, environment={"CUDA_LAUNCH_BLOCKING": "1"}) as ready:
+            drive(opened, ready, asked, progress)
         return {"workers": config.train.workers} | runs.read_json(_result(uri))
 
 

@@ -256,6 +256,16 @@ def test_signals_that_come_together_are_one_request_and_a_later_one_ends_the_pro
         assert process.stderr.read().split("\n") == ["", said, ""]
 
 
+def test_any_verb_ends_with_130_when_it_is_terminated(tmp_path):
+    os.mkfifo(tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "ssl_ray", "config", "show", "-c", str(tmp_path / "recipe.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with (tmp_path / "recipe.yaml").open("w"):  # it reads now
+            process.terminate()
+            assert process.wait(30) == 130
+        assert (process.stdout.read(), process.stderr.read()) == ("", "ssl-ray: stopped.\n")
+
+
 def test_control_c_on_a_terminal_leaves_a_checkpoint_and_the_same_command_continues_it_exactly(
     pretrain, packed, tmp_path, undisturbed
 ):

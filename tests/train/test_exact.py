@@ -1,10 +1,14 @@
 """Runs that are killed and go on must equal runs that were left alone: losses, digests and weights, bit for bit."""
 
+import contextlib
 import json
+import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from harness import SMALL, assert_same, finish, newest_step, ray_processes, records, results, run, start, wait_until
 
@@ -35,6 +39,24 @@ def undisturbed(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactor
         return made[workers, keys]
 
     return run_of
+
+
+Whom = Callable[[int, signal.Signals], None]
+"""Sends a signal to more than the driver of this pid."""
+
+
+def driver_and_group(pid: int, number: signal.Signals) -> None:
+    """As `timeout` does."""
+    os.kill(pid, number)
+    os.killpg(pid, number)
+
+
+def whole_job(pid: int, number: signal.Signals) -> None:
+    """As schedulers do: all processes at the same time, Ray's too."""
+    driver = psutil.Process(pid)
+    for process in [*driver.children(recursive=True), driver]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 class Victim:
@@ -90,10 +112,18 @@ class Victim:
         self.restart(130)
         self.kills += 1
 
-    def restart(self, expected_code: int) -> None:
-        code, _, err = finish(self.driver)
+    def stop(self, *, at: int, whom: Whom) -> str:
+        """SIGTERM to more than the driver, which has some seconds; what it said."""
+        self.reach(at)
+        whom(self.driver.pid, signal.SIGTERM)
+        return self.restart(130, within_s=30)  # on a busy machine
+
+    def restart(self, expected_code: int, within_s: float = 400) -> str:
+        code, _, err = finish(self.driver, within_s)
         assert code == expected_code, err
+        assert "Traceback" not in err
         self._start()
+        return err
 
     def finish(self) -> dict:
         code, _, err = finish(self.driver)
@@ -209,16 +239,38 @@ def test_a_killed_driver_takes_the_ray_that_it_started_with_it(faults, tmp_path)
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("after_s", [1.0, 6.0])
-def test_sigterm_while_ray_starts_ends_with_130_and_leaves_nothing_behind(after_s, faults, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "whom", "processes"),
+    [
+        (signal.SIGTERM, os.kill, 3),
+        (signal.SIGTERM, driver_and_group, 1),
+        (signal.SIGTERM, whole_job, 2),
+        (signal.SIGTERM, whole_job, 5),
+        (signal.SIGINT, driver_and_group, 2),
+    ],
+)
+def test_a_stop_while_ray_starts_ends_with_130_and_leaves_nothing_behind(number, whom, processes, faults, tmp_path):
     victim = Victim(tmp_path / "run", 2, faults=faults, env={})
-    assert wait_until((tmp_path / "run" / "run.json").exists, victim.driver, "the run")
-    time.sleep(after_s)
-    victim.driver.terminate()
-    code, _, err = finish(victim.driver)
-    assert (code, "the same command continues" in err) == (130, True), err
+    started = lambda: len(psutil.Process(victim.driver.pid).children()) >= processes  # noqa: E731
+    assert wait_until(started, victim.driver, "Ray's processes")
+    whom(victim.driver.pid, number)
+    code, _, err = finish(victim.driver, 30)
+    assert (code, err.splitlines()[-1].endswith("; the same command continues.")) == (130, True), err
     assert "Traceback" not in err
     assert not list(Path("/tmp").glob(f"ssl-ray-{victim.driver.pid}-*"))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_run_whose_group_or_whole_job_is_stopped_goes_on_exactly(undisturbed, faults, tmp_path):
+    victim = Victim(tmp_path / "run", 2, faults=faults, env={}, keys=SLOW)
+    said = victim.stop(at=9, whom=driver_and_group).splitlines()[-1]
+    assert said.endswith("with a checkpoint; the same command continues.")  # Ray did not hear of it
+    said = victim.stop(at=24, whom=whole_job).splitlines()[-1]
+    assert said.startswith("ssl-ray: stopped ")
+    assert said.endswith("; the same command continues.")
+    victim.finish()
+    assert_same(undisturbed(2, *SLOW), tmp_path / "run")
 
 
 @pytest.mark.long
