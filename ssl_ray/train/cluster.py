@@ -101,6 +101,21 @@ def answers(address: str) -> bool:
     return True
 
 
+def is_local() -> bool:
+    """Whether start_ray would start a cluster of this machine alone."""
+    return not os.environ.get("RAY_ADDRESS")
+
+
+def require_cpus(free: float, *, workers: int) -> None:
+    """Raises ResourceError, saying what is missing and what to set, where half a CPU a worker is not there."""
+    if free < 0.5 * workers:
+        raise ResourceError(
+            f"train.workers={workers} needs {0.5 * workers:g} free CPUs (a quarter to train, a quarter for data, each); "
+            f"the cluster has {free:g} free. "
+            + (f"Set train.workers={int(2 * free)} or fewer, or add nodes." if free >= 0.5 else "Add nodes, or wait.")
+        )
+
+
 def _sweep() -> None:
     """Removes the folders that killed processes left behind."""
     for folder in SCRATCH.glob("ssl-ray-*-*"):
@@ -133,7 +148,7 @@ def start_ray(folder: Path, processes: list[subprocess.Popen]) -> tuple[dict[str
         logging.getLogger(name).setLevel(logging.ERROR)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if os.environ.get("RAY_ADDRESS"):
+        if not is_local():
             ray.init(**common)
         else:
             with _groups_of_their_own(processes):

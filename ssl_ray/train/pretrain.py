@@ -201,6 +201,8 @@ def made_ready(
         with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
             yield Ready(lambda: pool.submit(_train_here, opened, watch), _evaluate_here, alive=lambda: True)
         return
+    if cluster.is_local():
+        cluster.require_cpus(os.cpu_count() or 1, workers=config.train.workers)  # Ray counts no more of them
     progress("stage", {"text": "starting Ray"})
     views.load()  # once here, or all tasks of a new machine would compile at the same time
 

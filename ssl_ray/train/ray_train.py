@@ -18,6 +18,7 @@ from ssl_ray import plan, ray_stream, stream
 from ssl_ray.config import Config
 from ssl_ray.errors import ResourceError, SslRayError, TrainingError
 from ssl_ray.train import runs
+from ssl_ray.train.cluster import require_cpus
 
 if TYPE_CHECKING:
     # Imported where they are used: the actor that makes the streams needs this module, and no torch, which takes a second.
@@ -43,15 +44,10 @@ def plan_resources(available: dict[str, float], *, workers: int, threads: int) -
     """Shares the cluster's CPUs out: half to the workers, the rest to their streams but for a read-out's part. Of the object
     store the streams have half.
 
-    Raises ResourceError, saying what is missing and what to set, where half a CPU a worker is not there.
+    Raises ResourceError, saying what is missing and what to set, where half a CPU or a GPU a worker is not there.
     """
     cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
-    if cpus < 0.5 * workers:
-        raise ResourceError(
-            f"train.workers={workers} needs {0.5 * workers:g} free CPUs (a quarter to train, a quarter for data, each); "
-            f"the cluster has {cpus:g} free. "
-            + (f"Set train.workers={int(2 * cpus)} or fewer, or add nodes." if cpus >= 0.5 else "Add nodes, or wait.")
-        )
+    require_cpus(cpus, workers=workers)
     if 0 < gpus < workers:
         raise ResourceError(
             f"train.workers={workers} needs a GPU for each; the cluster has {gpus:g} free. Set train.workers={int(gpus)}."
