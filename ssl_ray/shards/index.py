@@ -6,6 +6,7 @@ is .json) from "label" in it, else from .txt if that is one short line. Labels a
 then numbered in alphabetical order over the whole data set.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -245,6 +246,7 @@ def _pass_over(uri: str, name: str) -> ShardIndex:
 def index(uri: str, *, output: str | None = None, progress: Progress = lambda done, total: None) -> Manifest:
     """Makes manifest and index for the shards below `uri`, there or below `output`; replaces earlier ones.
 
+    A manifest of the very same shards hands its names of numbered classes on, which `data pack` wrote into it alone.
     Raises DataError as index_shard does, and where some labels are numbers and others names.
     """
     names, output = shard_names(uri), output or uri
@@ -255,6 +257,7 @@ def index(uri: str, *, output: str | None = None, progress: Progress = lambda do
                 some = names[start : start + 64]
                 yield from zip(some, pool.map(lambda name: _pass_over(uri, name), some), strict=True)
 
+    earlier = _manifest_at(uri) or _manifest_at(output)
     try:
         clear(output)
     except DataError as error:
@@ -265,8 +268,15 @@ def index(uri: str, *, output: str | None = None, progress: Progress = lambda do
         shards=passes(),
         class_names=None,
         shuffled=False,
+        earlier=earlier,
         progress=lambda done: progress(done, len(names)),
     )
+
+
+def _manifest_at(uri: str) -> Manifest | None:
+    with contextlib.suppress(DataError):  # none, or a damaged one
+        return load_manifest(uri)
+    return None
 
 
 def write_data_set(
@@ -276,11 +286,13 @@ def write_data_set(
     shards: Iterator[tuple[str, ShardIndex]],
     class_names: list[str] | None,
     shuffled: bool,
+    earlier: Manifest | None = None,
     progress: Callable[[int], None],
 ) -> Manifest:
     """Writes index and manifest from the passes over the shards, by name in order, as they come.
 
     class_names: of labels that are numbers; where labels are names, they are numbered in alphabetical order instead.
+    earlier: a manifest that knows `class_names` and `shuffled`, if its shards have the same bytes.
     """
     found: dict[str, int] = {}
     has_numbers, image_bytes, without_image = False, 0, 0
@@ -314,11 +326,16 @@ def write_data_set(
         new = np.array([place[text] for text in found], np.int32)
         renumber_labels(uri, new)
         counts = counts[np.argsort(new)]
+    table = pa.table(columns, schema=MANIFEST_SCHEMA)
+    if earlier is not None and _same_shards(table, earlier):
+        class_names = None if earlier.class_names is None else list(earlier.class_names)
+        shuffled = earlier.shuffled
+        counts = np.pad(counts, (0, len(class_names or counts) - len(counts)))
     labelled = bool(counts.sum())
     write_manifest(
         uri,
         data_uri=data_uri,
-        table=pa.table(columns, schema=MANIFEST_SCHEMA),
+        table=table,
         class_names=class_names if labelled else None,
         class_counts=counts.tolist() if labelled else None,
         image_bytes=image_bytes,
@@ -326,6 +343,11 @@ def write_data_set(
         shuffled=shuffled,
     )
     return load_manifest(uri)
+
+
+def _same_shards(table: pa.Table, manifest: Manifest) -> bool:
+    columns = (table["name"].combine_chunks(), table["sha256"].combine_chunks())
+    return columns[0].equals(manifest.names) and columns[1].equals(manifest.sha256)
 
 
 def _set(rows: pa.Table, name: str, values: np.ndarray) -> pa.Table:
