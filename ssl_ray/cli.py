@@ -307,6 +307,12 @@ def _at_least(low: int) -> Callable[[str], int]:
     return number
 
 
+def _png(text: str) -> str:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a name that ends in .png")
+    return text
+
+
 def _group(verbs: Any, name: str, help: str) -> Any:
     return verbs.add_parser(name, help=help, description=help).add_subparsers(required=True, metavar="VERB")
 
@@ -366,6 +372,6 @@ def _add_data(verbs: Any) -> None:
     stats.add_argument("uri", help="folder or URI with a manifest")
     preview = _add(verbs, "preview", _data_preview, "Draw the views of some images.")
     preview.add_argument("uri", help="folder or URI with a manifest")
-    preview.add_argument("-o", "--output", required=True, metavar="FILE.png", help="the picture to write")
+    preview.add_argument("-o", "--output", required=True, type=_png, metavar="FILE.png", help="the picture to write")
     preview.add_argument("--images", type=_at_least(1), default=8, help="how many images; default: 8")
     _takes_config(preview)

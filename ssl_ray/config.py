@@ -12,6 +12,9 @@ import hashlib
 import itertools
 import json
 import math
+import types
+import typing
+from types import NoneType
 from typing import Any, Literal
 
 from ssl_ray.errors import UsageError
@@ -388,6 +391,21 @@ def _readable(error: Exception, given: dict[str, Any]) -> str:
         section, _, name = key.rpartition(".")
         holder = type(getattr(Config(), section)) if section else Config
         kind = next(field.type for field in dataclasses.fields(holder) if field.name == name)
-        expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        return f"{key}: got {given[key]!r}, expected {expected}."
+        return f"{key}: got {given[key]!r}, expected {_in_words(kind)}."
     return " ".join(text.split())
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+
+
+def _in_words(kind: Any) -> str:
+    """A field's type as a user knows its values: `int | None` is `a whole number, or null`."""
+    of = typing.get_args(kind)
+    match typing.get_origin(kind):
+        case types.UnionType | typing.Union:
+            return ", or ".join(map(_in_words, of))
+        case typing.Literal:
+            return " or ".join(map(str, of))
+        case _ if typing.get_origin(kind) is tuple:
+            return "a list of numbers" if Ellipsis in of else f"a list of {len(of)} numbers"
+    return _WORDS[kind]

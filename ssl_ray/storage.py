@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 
+KNOWN = (
+    "a path or a URI such as s3://bucket/name; file://, s3://, http:// and https:// (to read) are there, "
+    "other protocols of fsspec need their package"
+)
+
+
 def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith("file://")
 
@@ -35,16 +41,17 @@ def absolute(uri: str) -> str:
 def open_storage(uri: str) -> "tuple[AbstractFileSystem, str]":
     """The fsspec filesystem of `uri` and the path in it, without a slash at its end.
 
-    Raises UsageError for an empty URI or an unknown protocol.
+    Raises UsageError for an empty URI or an unknown protocol, DataError where the filesystem connects at once and cannot.
     """
     import fsspec
 
     if is_local(uri):  # not by url_to_fs, to which "::" in a file's name is a chain of protocols
         return fsspec.filesystem("file"), absolute(uri)
     try:
-        filesystem, path = fsspec.core.url_to_fs(absolute(uri))
+        with storage_errors(uri, "connecting"):
+            filesystem, path = fsspec.core.url_to_fs(absolute(uri))
     except (ValueError, ImportError) as error:
-        raise UsageError(f"{uri}: {one_line(error)}. Expected a path or a URI such as s3://bucket/name.") from error
+        raise UsageError(f"{uri}: {one_line(error)}. Expected {KNOWN}.") from error
     return filesystem, path
 
 
@@ -105,7 +112,11 @@ def write_atomic(uri: str, data: bytes) -> None:
 def _replacing(path: str) -> Iterator[BinaryIO]:
     """A file that takes the place of the local `path` when it is complete and on the disk."""
     folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileNotFoundError as error:  # of /proc and its like
+        raise DataError(f"{folder}: this folder is not there and cannot be created ({error.filename}: no place for one). "
+                        "Use another path.") from error  # fmt: skip
     temporary = os.path.join(folder, f".writing-{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
@@ -134,7 +145,10 @@ def exists(uri: str) -> bool:
         filesystem.invalidate_cache(path)
         try:  # not by exists(), which takes any failure for absence in some filesystems
             filesystem.info(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            cause = error.__cause__  # HTTP's filesystem takes any failure for absence too, such as a server that is not there
+            if cause is not None and (isinstance(cause, OSError) or getattr(cause, "status", 404) != 404):
+                raise cause from None
             return False
         return True
 

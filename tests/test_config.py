@@ -193,14 +193,16 @@ def test_an_unknown_key_is_named_with_where_it_stands_and_the_nearest_one():
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("views.count=eight", ["got 'eight'", "expected int"]),
-        ("train.epochs=2.5", ["got '2.5'", "expected int"]),
-        ("optim.lr=fast", ["got 'fast'", "expected float"]),
-        ("loss.name=byol", ["got 'byol'", "'barlow_twins', 'vicreg', 'spectral'"]),
-        ("views.channels=2", ["got '2'", "[1, 3]"]),
-        ("loss.beta=x", ["got 'x'", "float", "'auto'"]),
-        ("views.crop_scale=0.5", ["got '0.5'", "expected tuple[float, float]"]),
-        ("train.bf16=maybe", ["got 'maybe'", "expected bool"]),
+        ("views.count=eight", ["got 'eight', expected a whole number."]),
+        ("train.epochs=2.5", ["got '2.5', expected a whole number."]),
+        ("train.steps=all", ["got 'all', expected a whole number, or null."]),
+        ("optim.lr=fast", ["got 'fast', expected a number."]),
+        ("loss.name=byol", ["got 'byol', expected barlow_twins or vicreg or spectral."]),
+        ("views.channels=2", ["got '2', expected 1 or 3."]),
+        ("loss.beta=x", ["got 'x', expected a number, or auto."]),
+        ("views.flip=often", ["got 'often', expected a number, or a list of numbers."]),
+        ("views.crop_scale=0.5", ["got '0.5', expected a list of 2 numbers."]),
+        ("train.bf16=maybe", ["got 'maybe', expected true or false."]),
     ],
 )
 def test_a_wrong_type_is_one_line_with_key_got_and_expected(override, parts):

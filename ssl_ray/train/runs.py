@@ -121,10 +121,25 @@ def read_marker(uri: str) -> Marker:
     at = storage.join(uri, "latest.json")
     if not storage.exists(at):
         return Marker()
-    value = read_json(at)
-    if not (isinstance(value.get("step"), int) and isinstance(value.get("checkpoint"), str)):
-        raise DataError(f"{at}: lacks the step or the checkpoint. Restore it, or start a new run.")
-    return Marker(step=value["step"], checkpoint=value["checkpoint"])
+    data = storage.read_bytes(at)
+    try:
+        value = json.loads(data)
+        step, name = value["step"], value["checkpoint"]
+        if not (isinstance(step, int) and isinstance(name, str)):
+            raise TypeError("step or checkpoint of another type")
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{at}: damaged, it does not name a checkpoint. {_remedy(uri)}") from error
+    return Marker(step, name)
+
+
+def _remedy(uri: str) -> str:
+    """What to do about a damaged marker: the newest checkpoint that is whole, with the metrics up to it, is what it named."""
+    steps = {record["step"] for record in read_metrics(uri)}
+    for name in reversed(storage.list_names(storage.join(uri, "checkpoints"))):
+        step, at = checkpoint_step(name), storage.join(uri, "checkpoints", name)
+        if step - 1 in steps and storage.exists(storage.join(at, "state.json")):  # which is written last
+            return f"Put this into it, the newest whole checkpoint: {json.dumps({'step': step, 'checkpoint': name})}"
+    return "Remove it, and the run begins again."
 
 
 def begin_attempt(uri: str) -> Attempt:

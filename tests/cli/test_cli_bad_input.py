@@ -17,8 +17,9 @@ from ssl_ray.storage import list_names
         (["views.cuont=8"], ["views.cuont: no such key (command line). Did you mean views.count?"]),
         (["views=8"], ["views: no such key", "for example views.count"]),
         (["views.count"], ["views.count: not understood", "KEY=VALUE"]),
-        (["views.count=eight"], ["views.count: got 'eight', expected int."]),
-        (["train.bf16=perhaps"], ["train.bf16: got 'perhaps', expected bool."]),
+        (["views.count=eight"], ["views.count: got 'eight', expected a whole number."]),
+        (["train.bf16=perhaps"], ["train.bf16: got 'perhaps', expected true or false."]),
+        (["train.steps=all"], ["train.steps: got 'all', expected a whole number, or null."]),
         (["data.fraction=1.5"], ["data.fraction: got 1.5, expected a number above 0, up to 1."]),
         (["optim.lr=nan"], ["optim.lr: got 'nan'"]),
         (["loss.form=classic"], ["Set views.count=2, or loss.form=pairs"]),
@@ -38,7 +39,7 @@ def test_a_wrong_configuration_is_named_with_what_was_expected(cli, arguments, p
     ("text", "parts"),
     [
         ("views: {cuont: 8}", ["views.cuont: no such key (", "Did you mean views.count?"]),
-        ("views: {count: eight}", ["views.count: got 'eight', expected int."]),
+        ("views: {count: eight}", ["views.count: got 'eight', expected a whole number."]),
         ("1: 2", ["1: no such key"]),
         ("- views", ["got list, expected keys and values"]),
         ("views: {count: [1", ["not YAML (line 1, column 18: "]),
@@ -68,11 +69,12 @@ def test_a_recipe_that_is_empty_or_holds_empty_sections_gives_the_defaults(cli, 
         (["data", "chek"], ["no verb 'chek', did you mean check?"]),
         (["evaluate"], ["the following arguments are required: run"]),
         (["data", "preview", "x", "-o", "y.png", "--images", "0"], ["--images: got 0, expected a whole number of 1 or more"]),
+        (["data", "preview", "digits", "-o", "y.jpg"], ["got y.jpg, expected a name that ends in .png"]),
         (["data", "pack", "digits", "x", "--split", "valid"], ["--split: digits has train, got valid."]),
         (["data", "pack", "no-such-folder", "x"], ["no-such-folder: no such source. Give one of digits, fashion-mnist"]),
         (["data", "pack", "cifar10", "x"], ["--root FOLDER"]),
         (["data", "pack", "digits", "x", "--shard-mb", "0"], ["--shard-mb: got 0, expected 0.0625 or more"]),
-        (["runs", "list", "none://x"], ["none://x", "Expected a path or a URI"]),
+        (["runs", "list", "none://x"], ["none://x", "Protocol not known: none", "s3://, http:// and https://"]),
     ],
 )
 def test_a_wrong_command_line_says_what_there_is(cli, tmp_path, monkeypatch, arguments, parts):
@@ -124,6 +126,24 @@ def test_without_a_manifest_the_command_that_makes_one_is_named(pretrain, cli, c
         done.refused(3, "no manifest.parquet here", f"ssl-ray data index {copied}")
     cli("data", "index", copied).ok()
     cli("data", "check", copied).ok()
+
+
+def test_a_server_that_is_not_there_is_not_taken_for_missing_data(cli):
+    for place in ("http://127.0.0.1:9/train", "ftp://127.0.0.1:9/train"):
+        done = cli("data", "stats", place).refused(3, place, "failed: ", "Check the storage and the network")
+        assert "no manifest" not in done.err
+
+
+def test_indexing_the_same_shards_again_keeps_the_names_of_their_classes(cli, copied, tmp_path):
+    before = cli("data", "stats", copied, "--json").ok().json
+    assert set(before["classes"]) == {"class-0", "class-1", "class-2"}
+    cli("data", "index", copied, "-o", tmp_path / "elsewhere").ok()
+    assert cli("data", "stats", tmp_path / "elsewhere", "--json").ok().json["classes"] == before["classes"]
+    cli("data", "index", copied).ok()
+    assert cli("data", "stats", copied, "--json").ok().json == before
+    sorted(copied.glob("*.tar"))[0].unlink()  # now they are others, whose numbers may mean anything
+    cli("data", "index", copied).ok()
+    assert set(cli("data", "stats", copied, "--json").ok().json["classes"]) == {"0", "1", "2"}
 
 
 def test_an_empty_or_absent_folder_is_said_to_hold_nothing(pretrain, cli, tmp_path):

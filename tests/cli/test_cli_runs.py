@@ -124,6 +124,23 @@ def test_a_damaged_record_of_the_run_is_named(pretrain, cli, packed, trained, tm
     cli("evaluate", uri).refused(3, "no run here (no run.json)")
 
 
+def test_a_damaged_marker_is_mended_as_the_message_says(pretrain, packed, trained, tmp_path):
+    uri = Path(shutil.copytree(trained, tmp_path / "run"))
+    good = marker(uri)
+    (uri / "latest.json").write_text("")
+    (uri / "checkpoints" / "0000000006-half").mkdir()  # not whole
+    done = pretrain(f"data.uri={packed}", f"run={uri}").refused(3, f"{uri}/latest.json: damaged", "Put this into it")
+    (uri / "latest.json").write_text(done.err[done.err.index("{") :])
+    assert marker(uri) == {name: good[name] for name in ("step", "checkpoint")}
+    (uri / "summary.json").unlink()
+    pretrain(f"data.uri={packed}", f"run={uri}").ok()
+    (uri / "latest.json").write_text("")
+    shutil.rmtree(uri / "checkpoints")
+    pretrain(f"data.uri={packed}", f"run={uri}").refused(3, "Remove it, and the run begins again.")
+    (uri / "latest.json").unlink()
+    pretrain(f"data.uri={packed}", f"run={uri}").ok()
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named(pretrain, cli, packed, tmp_path, trained, name):
     uri = Path(shutil.copytree(trained, tmp_path / "run"))
@@ -165,6 +182,7 @@ def test_without_permission_to_write_the_place_is_named(pretrain, cli, images, p
         cli("data", "index", packed, "-o", place).refused(3, str(place))
         cli("data", "preview", packed, "-o", place / "x.png", *SMALL).refused(3, str(place))
     pretrain(f"data.uri={packed}", f"run={read_only / 'run'}").refused(3, "read-only", "Use another path")
+    pretrain(f"data.uri={packed}", "run=/proc/run").refused(3, "/proc/run: this folder", "cannot be created", "Use another path")
 
 
 def test_a_full_disk_ends_the_run_and_after_freeing_some_the_same_command_goes_on(pretrain, packed, trained, tmpfs):
