@@ -119,10 +119,11 @@ def _evaluate(options: argparse.Namespace) -> Result:
 
 
 def _plan(options: argparse.Namespace) -> Result:
-    from ssl_ray.train.forecast import forecast
-
     made = read_config(options.config, options.overrides)
-    return forecast(made, probe_steps=0 if options.no_probe else 3), console.plan
+    with console.progress(quiet=options.json) as progress:
+        from ssl_ray.train.forecast import forecast
+
+        return forecast(made, probe_steps=0 if options.no_probe else 3, progress=progress), console.plan
 
 
 def _profile(options: argparse.Namespace) -> Result:

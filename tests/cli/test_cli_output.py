@@ -129,6 +129,20 @@ def test_plan_counts_what_the_run_then_does(cli, packed, trained, tmp_path, monk
     assert list(tmp_path.iterdir()) == []  # a plan leaves nothing
 
 
+def test_a_plan_tries_as_many_images_as_its_time_allows_and_says_so(cli, packed, monkeypatch):
+    keys = ("plan", *SMALL, f"data.uri={packed}")
+    whole = cli(*keys, "--json").ok()
+    assert (whole.err, whole.json["probed_images_per_step"]) == ("", 16)
+    monkeypatch.setattr("ssl_ray.train.forecast.PROBE_S", 1e-9)
+    text = cli(*keys).ok()
+    assert text.err.splitlines() == ["trying a step of 2 images", "trying 4 steps of 2 images (of 16)"]
+    assert "probed images per step " in text.out
+    assert "memory" not in text.out  # that of two images would be taken for the run's
+    few = cli(*keys, "--json").ok().json
+    assert few["probed_images_per_step"] == 2
+    assert few["estimated_s"] == pytest.approx(4 * (few["probed_views_per_step_s"] + few["probed_training_per_step_s"]))
+
+
 def test_data_verbs_print_json_alone_on_stdout(cli, images, tmp_path):
     uri = tmp_path / "train"
     done = [cli("data", "pack", images, uri, "--json"), cli("data", "check", uri, "--json"), cli("data", "stats", uri, "--json")]
