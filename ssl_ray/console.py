@@ -87,7 +87,8 @@ def _start_line(value: dict[str, Any]) -> str:
 
 def _evaluation_line(value: dict[str, Any]) -> str:
     at = "untrained" if value["step"] is None else f"step {value['step']}"
-    return f"{at}: " + ", ".join(f"{name} {_short(value[key])}" for name, key in _READOUTS if value[key] is not None)
+    lost = f"; {value['unreadable']} of the images could not be read" if value["unreadable"] else ""
+    return f"{at}: " + ", ".join(f"{name} {_short(value[key])}" for name, key in _READOUTS if value[key] is not None) + lost
 
 
 _READOUTS = (("linear", "linear_accuracy"), ("kNN", "knn_accuracy"), ("alpha", "alpha"), ("RankMe", "rankme"))

@@ -237,6 +237,14 @@ def test_an_undecodable_image_ends_the_run_unless_allowed(pretrain, cli, with_ba
     pretrain(*one_epoch, f"run={uri}").refused(2, "holds another run", "data.excluded")
 
 
+def test_a_readout_says_how_many_of_its_images_could_not_be_read(cli, with_bad_image, tmp_path):
+    keys = (f"data.uri={with_bad_image}", f"run={tmp_path / 'run'}", "data.max_bad_samples=1")
+    lines = [line for line in cli("pretrain", *SMALL, *keys).ok().err.splitlines() if line.startswith(("untrained: ", "step "))]
+    assert len(lines) == 2
+    assert all(line.endswith("; 1 of the images could not be read") for line in lines)
+    assert cli("evaluate", tmp_path / "run", "--json").ok().json["unreadable"] == 1
+
+
 def test_a_damaged_manifest_or_index_is_named_with_its_remedy(pretrain, copied):
     for name in ("manifest.parquet", "index/part-00000.parquet"):
         path = copied / name
