@@ -183,8 +183,8 @@ class Ready:
 
     train: Callable[[], "Future[loop.Outcome]"]
     evaluate: Evaluate
-    alive: Callable[[], bool]
-    """False where training can come to no end, since Ray is gone."""
+    alive: Callable[[], bool] | None
+    """Whether Ray is still there; None where training is in this process, and has to be waited for."""
 
 
 @contextmanager
@@ -199,7 +199,7 @@ def made_ready(
     if config.train.workers == 0:
         os.environ |= environment or {}
         with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
-            yield Ready(lambda: pool.submit(_train_here, opened, watch), _evaluate_here, alive=lambda: True)
+            yield Ready(lambda: pool.submit(_train_here, opened, watch), _evaluate_here, alive=None)
         return
     if cluster.is_local():
         cluster.require_cpus(os.cpu_count() or 1, workers=config.train.workers)  # Ray counts no more of them
@@ -268,13 +268,16 @@ def drive(opened: Opened, ready: Ready, asked: _Asked, progress: Progress, *, be
     training = ready.train()
     told = False
     while not training.done():
+        watch.look()
+        if asked.came and ready.alive is not None:  # is there anything to wait for?
+            if not watch.begun:
+                raise Stopped("stopped before the first step; the same command continues.")
+            if not ready.alive():
+                raise Stopped(_STOPPED_EARLY)
         if asked.came and not told:
             progress("stage", {"text": "stopping: waiting for the step to end and its checkpoint to be stored"})
             storage.write_atomic(storage.join(uri, "stop"), b"")
             told = True
-        if told and not ready.alive():
-            raise Stopped(_STOPPED_EARLY)
-        watch.look()
         if watch.begun and not asked.came:
             beside()
         wait([training], timeout=POLL_S)

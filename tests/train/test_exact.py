@@ -262,6 +262,16 @@ def test_a_stop_while_ray_starts_ends_with_130_and_leaves_nothing_behind(number,
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+def test_a_stop_while_the_workers_start_does_not_wait_for_them(cluster, faults, tmp_path):
+    victim = Victim(tmp_path / "run", 2, faults=faults, env=cluster)
+    assert wait_until((tmp_path / "run" / "attempt.json").exists, victim.driver, "the workers' start")
+    victim.driver.terminate()
+    code, _, err = finish(victim.driver, 30)
+    assert (code, err.splitlines()[-1]) == (130, "ssl-ray: stopped before the first step; the same command continues."), err
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_run_whose_group_or_whole_job_is_stopped_goes_on_exactly(undisturbed, faults, tmp_path):
     victim = Victim(tmp_path / "run", 2, faults=faults, env={}, keys=SLOW)
     said = victim.stop(at=9, whom=driver_and_group).splitlines()[-1]
