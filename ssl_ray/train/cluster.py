@@ -4,8 +4,8 @@ Ray blocks, for a minute where its processes are gone. What waits for it does so
 signals whatever becomes of Ray.
 """
 
-import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -28,8 +28,6 @@ SCRATCH = Path("/tmp")
 """Ray makes sockets below its folder, whose paths may have 107 characters: $TMPDIR may be too long."""
 KEEP_LOGS_S = 24 * 3600.0
 """Folders of processes that are gone are removed after so long."""
-
-
 LISTEN_S = 0.1
 """Seconds between two calls of `listen` while Ray starts."""
 
@@ -45,7 +43,8 @@ class Session:
     address: str
     """Of Ray's head."""
     call: Callable[..., "Future[Any]"]
-    """Runs a function that waits for Ray, in a thread. Where one still runs at the end of the session, Ray is killed."""
+    """Runs a function that waits for Ray, in a thread. Where one still runs at the end of the session, Ray is left to end with
+    this process: Ray's C++ would end it, with its own words, if Ray were gone first."""
 
 
 @contextmanager
@@ -57,10 +56,9 @@ def ray_session(listen: Callable[[], None] = lambda: None) -> Iterator[Session]:
     """
     _sweep()
     folder = Path(tempfile.mkdtemp(prefix=f"ssl-ray-{os.getpid()}-", dir=SCRATCH))
-    # The kernel kills Ray's processes when the thread that started them ends, so it is one that lasts.
+    # The kernel kills Ray's processes when the thread that started them ends, so that one has to last as long as they do.
     threads = ThreadPoolExecutor(thread_name_prefix="ray")
     called: list[Future[Any]] = []
-    processes: list[subprocess.Popen] = []
     address, keep = "", False
 
     def call(work: Callable[..., Any], *given: Any) -> "Future[Any]":
@@ -68,7 +66,7 @@ def ray_session(listen: Callable[[], None] = lambda: None) -> Iterator[Session]:
         return called[-1]
 
     try:
-        starting = call(start_ray, folder, processes)
+        starting = call(start_ray, folder)
         while not starting.done():
             listen()
             wait([starting], timeout=LISTEN_S)
@@ -83,9 +81,6 @@ def ray_session(listen: Callable[[], None] = lambda: None) -> Iterator[Session]:
             import ray
 
             ray.shutdown()
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
         threads.shutdown(wait=False)
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -128,11 +123,10 @@ def _sweep() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_ray(folder: Path, processes: list[subprocess.Popen]) -> tuple[dict[str, float], str]:
+def start_ray(folder: Path) -> tuple[dict[str, float], str]:
     """Joins the cluster that RAY_ADDRESS names, else starts a local one with token authentication, without dashboard.
 
-    folder: where a local one keeps its sockets and logs.  processes: a list for those that it starts, each the first of a
-    process group.  Returns the resources that are free and the address of the head.
+    folder: where a local one keeps its sockets and logs.  Returns the resources that are free and the address of the head.
     Raises ResourceError if the cluster cannot be reached or started.
     """
     # Ray reads these when it is imported.
@@ -151,7 +145,7 @@ def start_ray(folder: Path, processes: list[subprocess.Popen]) -> tuple[dict[str
         if not is_local():
             ray.init(**common)
         else:
-            with _groups_of_their_own(processes):
+            with _deaf_to_sigterm():
                 ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, _temp_dir=str(folder), **common)
         return ray.available_resources(), ray.get_runtime_context().gcs_address
     except (RuntimeError, ConnectionError, TimeoutError) as error:
@@ -162,22 +156,34 @@ def start_ray(folder: Path, processes: list[subprocess.Popen]) -> tuple[dict[str
 
 
 @contextmanager
-def _groups_of_their_own(processes: list[subprocess.Popen]) -> Iterator[None]:
-    """What Ray starts meanwhile goes to `processes`, and into process groups of its own (seen with Ray 2.60).
+def _deaf_to_sigterm() -> Iterator[None]:
+    """The processes that Ray starts meanwhile, and theirs, take no notice of SIGTERM (seen with Ray 2.60).
 
-    Signals to the group of this process, which terminals, shells and `timeout` send, would end Ray before the workers leave
-    a checkpoint. That Ray's processes die with this one is the kernel's work.
+    `timeout`, schedulers and init systems signal whole groups and jobs. Ray would end before its workers leave a checkpoint,
+    and end this process too: without them Ray's C++ exits. With SIGINT Ray itself does the same. That its processes die
+    with this one is the kernel's work.
     """
     from ray._private import services
 
     popen: Any = services.ConsolePopen
 
     def start(*command: Any, **options: Any) -> subprocess.Popen:
-        processes.append(popen(*command, process_group=0, **options))
-        return processes[-1]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # is inherited, by Ray's workers too
+        try:
+            process = popen(*command, process_group=0, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        process.terminate = process.kill = functools.partial(_kill_group, process)  # this is how ray.shutdown ends them
+        return process
 
     services.ConsolePopen = start  # type: ignore[misc, assignment]
     try:
         yield
     finally:
         services.ConsolePopen = popen  # type: ignore[misc]
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    """Kills a process that leads its group, and those that it started there: Ray's agents would outlive it by half a minute."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
