@@ -17,6 +17,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import Datasource, ReadTask
+from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 
@@ -32,9 +33,8 @@ BLOCKS_AHEAD = 8
 CLAIM = 0.75
 """Of a stream's CPUs, for a task: more than half, so that the second of two waits for the first unless other CPUs are free.
 Both at a time on one core would take turns, and end together."""
-
-ROUNDS_AT_ONCE, COUNTED_STEPS_PER_S = 32, 100
-"""So many rounds are counted at once, the others at this rate, which few trainers reach: Ray spends 5 ms of CPU on each."""
+COUNTED_ROUNDS = 8
+"""So many rounds are counted before they are needed: Ray spends 5 ms of CPU on each."""
 
 
 def to_table(block: Block) -> pa.Table:
@@ -81,9 +81,7 @@ def fetch_order(reference: Any, epoch: int) -> EpochOrder:
 
 
 def _count_rounds(reference: Any, first_step: int, stop_step: int) -> Iterator[pa.Table]:
-    for number, work in enumerate(plan.rounds_of(fetch(reference).plan, first_step, stop_step)):
-        if number >= ROUNDS_AT_ONCE:
-            time.sleep((work.stop_k - work.first_k) / COUNTED_STEPS_PER_S)
+    for work in plan.rounds_of(fetch(reference).plan, first_step, stop_step):
         yield pa.table({key: [value] for key, value in dataclasses.asdict(work).items()})
 
 
@@ -113,13 +111,33 @@ class _Rounds(Datasource):
         return [ReadTask(self.count, unknown)]
 
 
+def _counts(operator: Any) -> bool:
+    return operator.name.startswith("Read")
+
+
+class _CountWhenNeeded(BackpressurePolicy):
+    """Lets rounds be counted as the tasks that make them begin."""
+
+    def max_task_output_bytes_to_read(self, op: Any) -> int | None:
+        waiting = sum(self._topology[after].total_enqueued_input_blocks() for after in op.output_dependencies)
+        return 0 if _counts(op) and waiting >= COUNTED_ROUNDS else None
+
+
 class _Scheduling(ExecutionCallback):
     """What Ray Data's scheduling loop needs to serve several streams beside training (seen with Ray 2.60)."""
 
     def before_execution_starts(self, executor: Any) -> None:
         """Each stream takes the CPUs that it was given. Ray would deal what is free in whole numbers: of two CPUs, one of
-        them the trainers', two streams would get none, and one task at a time where no other runs."""
+        them the trainers', two streams would get none, and one task at a time where no other runs.
+
+        And of its memory nothing is kept for the task that counts rounds: without that, the task of a round might have to
+        wait until all rounds are counted.
+        """
         executor._resource_manager._get_total_resources = ray.data.ExecutionResources.for_limits
+        counting = _CountWhenNeeded(executor._data_context, executor._topology, executor._resource_manager)
+        executor._backpressure_policies.append(counting)
+        for operator in filter(_counts, executor._topology):
+            operator.throttling_disabled = lambda: True
 
     def on_execution_step(self, executor: Any) -> None:
         """Lets the loop rest. It runs in a thread of the training process: while finished blocks wait for the trainer it would
@@ -143,7 +161,7 @@ def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int,
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # each row that a task yields is a block of its own
-    context._max_num_blocks_in_streaming_gen_buffer = max(1, min(BLOCKS_AHEAD, store // (2 * steps * step)))
+    context._max_num_blocks_in_streaming_gen_buffer = max(1, min(BLOCKS_AHEAD, 3 * store // (8 * steps * step)))
     # What a second task makes cannot go before the first is done: there must be room for all of it.
     tasks = 2 if store >= 2 * data.plan.steps_per_round * step else 1
     count = functools.partial(_count_rounds, reference, first_step, stop_step)

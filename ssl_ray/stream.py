@@ -234,8 +234,11 @@ def step_bytes(data: TrainingData, lanes: int) -> int:
 
 
 def steps_in_block(data: TrainingData, lanes: int, *, store: int) -> int:
-    """Steps that a worker with so many lanes gets at a time through Ray, where `store` bytes of views may wait."""
-    return max(1, min(data.plan.steps_per_round, min(BLOCK_BYTES, store // 4) // step_bytes(data, lanes)))
+    """Steps that a worker with so many lanes gets at a time through Ray, where `store` bytes of views may wait.
+
+    Of blocks there must be room for eight: the trainer is at one and fetches two ahead before it begins another.
+    """
+    return max(1, min(data.plan.steps_per_round, min(BLOCK_BYTES, store // 8) // step_bytes(data, lanes)))
 
 
 def store_bytes(data: TrainingData, lanes: int, *, share: int | None = None) -> int:
@@ -243,11 +246,11 @@ def store_bytes(data: TrainingData, lanes: int, *, share: int | None = None) -> 
 
     While one round is trained on, the next can be made whole: of two rounds Ray Data keeps half for other ends, and the second
     task waits.
-    share: the worker's part of the object store, which is not to be exceeded but for four steps.
+    share: the worker's part of the object store, which is not to be exceeded but for eight steps.
     """
     step = step_bytes(data, lanes)
     wanted = 4 * max(data.plan.steps_per_round * step, BLOCK_BYTES)
-    return wanted if share is None else max(4 * step, min(share, wanted))
+    return wanted if share is None else max(8 * step, min(share, wanted))
 
 
 def round_blocks(

@@ -15,7 +15,7 @@ from ssl_ray.train import cluster
 from ssl_ray.train.pretrain import open_data
 
 TURNS = 5
-STOP = 5700
+STOP = 10**6
 """Steps of the run that the streams are of."""
 
 
@@ -23,7 +23,7 @@ def rows() -> list[Row]:
     use_cores(1)  # before Ray starts: all its processes stay there too
     views.load()
     with tempfile.TemporaryDirectory() as folder, cluster.ray_session():
-        small = _compare(Path(folder) / "32", size=32, images=8192, source_px=32, batch=128, warm=570, steps=570)
+        small = _compare(Path(folder) / "32", size=32, images=50_000, source_px=32, batch=128, warm=570, steps=570)
         large = _compare(Path(folder) / "224", size=224, images=512, source_px=400, batch=32, warm=70, steps=70)
         return [small, large]
 
