@@ -64,12 +64,20 @@ def join(uri: str, *names: str) -> str:
     return "/".join([uri.rstrip("/"), *names]) or "/"
 
 
+def _without_bucket(error: BaseException) -> bool:
+    """Whether S3 said that the bucket itself is absent, and not only what was looked for in it."""
+    response = getattr(error.__cause__, "response", None)
+    return isinstance(response, dict) and response.get("Error", {}).get("Code") == "NoSuchBucket"
+
+
 @contextlib.contextmanager
 def storage_errors(uri: str, doing: str) -> Iterator[None]:
     """Turns failures of the storage into DataError or ResourceError that name `uri` and what was being done to it."""
     try:
         yield
     except FileNotFoundError as error:
+        if _without_bucket(error):
+            raise DataError(f"{uri}: no such bucket ({doing}). Make it, or check its name and AWS_ENDPOINT_URL.") from error
         raise DataError(f"{uri}: not there ({doing}). Check the path.") from error
     except PermissionError as error:
         reason = error.strerror or one_line(error)
@@ -146,6 +154,8 @@ def exists(uri: str) -> bool:
         try:  # not by exists(), which takes any failure for absence in some filesystems
             filesystem.info(path)
         except (FileNotFoundError, NotADirectoryError) as error:
+            if _without_bucket(error):
+                raise
             cause = error.__cause__  # HTTP's filesystem takes any failure for absence too, such as a server that is not there
             if cause is not None and (isinstance(cause, OSError) or getattr(cause, "status", 404) != 404):
                 raise cause from None
@@ -160,7 +170,9 @@ def list_names(uri: str) -> list[str]:
         filesystem.invalidate_cache(path)
         try:
             found = filesystem.ls(path, detail=False)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if _without_bucket(error):
+                raise
             return []
     names = {name.rstrip("/").rsplit("/", 1)[-1] for name in found if name.rstrip("/") != path}
     return sorted(name for name in names if not name.startswith(".writing-"))
