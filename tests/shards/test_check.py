@@ -245,4 +245,6 @@ def test_a_set_that_was_packed_gives_no_alarm_even_where_the_draw_has_runs(tmp_p
     assert shards.order_note(shards.pack(source, packed)) is None
     assert shards.check(packed)["notes"] == []
     assert shards.stats(packed)["order"] == "random"
+    assert shards.order_note(shards.index(packed)) is None  # the manifest of these shards is still there
+    (tmp_path / "two" / "manifest.parquet").unlink()
     assert "not random" in shards.order_note(shards.index(packed))  # of shards of unknown origin it is not known
