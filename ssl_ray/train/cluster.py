@@ -134,7 +134,7 @@ def start_ray(folder: Path) -> tuple[dict[str, float], str]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     # Memory of blocks that were trained on is used again at once: fresh pages cost ten times as much as the copy into them.
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "50")
-    if not os.environ.get("RAY_ADDRESS"):  # nobody takes this node away, and a process to watch for that takes a second to start
+    if is_local():  # nobody takes this node away, and a process to watch for that takes a second to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
