@@ -42,10 +42,13 @@ class Server:
         }
 
     def client(self):
-        """boto3's: a client that shares no code with ours but the wire."""
-        import boto3
+        """That of botocore, which boto3 is made of: another than ours, which are asynchronous or Arrow's.
 
-        return boto3.client(
+        boto3 itself wants another botocore than s3fs most of the time.
+        """
+        import botocore.session
+
+        return botocore.session.get_session().create_client(
             "s3",
             endpoint_url=self.endpoint,
             region_name="us-east-1",
