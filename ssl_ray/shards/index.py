@@ -28,10 +28,10 @@ from ssl_ray.shards.manifest import (
     MANIFEST_SCHEMA,
     IndexWriter,
     Manifest,
-    clear,
     is_gzip,
     load_manifest,
     renumber_labels,
+    require_writable,
     write_manifest,
 )
 from ssl_ray.shards.select import sample_hash
@@ -244,7 +244,7 @@ def _pass_over(uri: str, name: str) -> ShardIndex:
 
 
 def index(uri: str, *, output: str | None = None, progress: Progress = lambda done, total: None) -> Manifest:
-    """Makes manifest and index for the shards below `uri`, there or below `output`; replaces earlier ones.
+    """Makes manifest and index for the shards below `uri`, there or below `output`; replaces earlier ones when it succeeds.
 
     A manifest of the very same shards hands its names of numbered classes on, which `data pack` wrote into it alone.
     Raises DataError as index_shard does, and where some labels are numbers and others names.
@@ -259,7 +259,7 @@ def index(uri: str, *, output: str | None = None, progress: Progress = lambda do
 
     earlier = _manifest_at(uri) or _manifest_at(output)
     try:
-        clear(output)
+        require_writable(output)
     except DataError as error:
         raise DataError(f"{error} Manifest and index may lie elsewhere: -o OTHER_URI.") from error
     return write_data_set(

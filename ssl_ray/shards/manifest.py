@@ -185,19 +185,24 @@ def _part_uris(uri: str) -> list[str]:
     return [storage.join(uri, "index", name) for name in names if re.fullmatch(r"part-\d+[.]parquet", name)]
 
 
-def clear(uri: str) -> None:
-    """Removes the manifest first, so that nothing is believed, then the index and the list of bad samples.
-
-    Raises DataError where `uri` cannot be written to, before the work of hours and not after.
-    """
-    probe, manifest, bad = (storage.join(uri, name) for name in (".writing-test", "manifest.parquet", "bad.parquet"))
+def require_writable(uri: str) -> None:
+    """Raises DataError where `uri` cannot be written to, before the work of hours and not after."""
+    probe = storage.join(uri, ".writing-test")
     storage.write_atomic(probe, b"")
-    for at in (probe, manifest, bad, *_part_uris(uri)):
+    storage.remove(probe)
+
+
+def clear(uri: str) -> None:
+    """Removes the manifest first, so that nothing is believed, then the index and the list of bad samples."""
+    for at in (storage.join(uri, "manifest.parquet"), storage.join(uri, "bad.parquet"), *_part_uris(uri)):
         storage.remove(at)
 
 
 class IndexWriter:
-    """Writes the index of a data set, shard by shard in order. A part is made in a local file: it may be large."""
+    """Writes the index of a data set, shard by shard in order. A part is made in a local file: it may be large.
+
+    An earlier index, and its manifest, go when the first part is complete: a damaged shard of 1024 leaves them as they were.
+    """
 
     def __init__(self, uri: str):
         self.uri, self.num_shards = uri, 0
@@ -232,7 +237,10 @@ class IndexWriter:
         with storage.storage_errors(self._local, "writing the index"):
             self._writer.close()
         self._writer = None
-        storage.upload(self._local, _part_uri(self.uri, (self.num_shards - 1) // SHARDS_PER_PART))
+        part = (self.num_shards - 1) // SHARDS_PER_PART
+        if part == 0:
+            clear(self.uri)
+        storage.upload(self._local, _part_uri(self.uri, part))
 
 
 def renumber_labels(uri: str, new: np.ndarray) -> None:
