@@ -195,8 +195,11 @@ class _Round:
             found.append(image if isinstance(image, np.ndarray) else samples.problems[at] if image is None else str(image))
         return found
 
-    def stand_in(self, k: int, lane: int, j: int) -> np.ndarray:
-        """The image for a bad sample: the nearest good one in its lane's slice of the step, else in its lane's round."""
+    def stand_in(self, k: int, lane: int, j: int, *, reason: str) -> np.ndarray:
+        """The image for a sample that is bad: the nearest good one in its lane's slice of the step, else in its lane's round.
+
+        reason: what is wrong with the sample, for the error where there is none.
+        """
         own = k * self.per_lane + j
         run = np.arange(self.shards.shape[0] * self.per_lane)
         for nearest in run[np.lexsort((run, abs(run - own), run // self.per_lane != k))].tolist():
@@ -205,7 +208,10 @@ class _Round:
             if not isinstance(image, str):
                 return image
         name = self.data.manifest.names[int(self.shards[k, lane, j])]
-        raise DataError(f"{name}: no sample of a whole round of a lane can be read. Run `ssl-ray data check URI`.")
+        raise DataError(
+            f"{name}: no sample near the one that is needed can be read ({reason}). "
+            f"Run `ssl-ray data check {self.data.manifest.uri}`."
+        )
 
     def images(self, k: int, positions: range) -> tuple[list[np.ndarray], list[BadSample]]:
         """Those at `positions` of a step, uint8 [C, H, W] each, and which of them are stand-ins."""
@@ -217,7 +223,7 @@ class _Round:
                 lane, j = divmod(position, self.per_lane)
                 name = self.data.manifest.names[int(self.shards[k, lane, j])].as_py()
                 bad.append(BadSample(name, samples.keys[first + position], image))
-                image = self.stand_in(k, lane, j)
+                image = self.stand_in(k, lane, j, reason=image)
             images.append(image)
         return images, bad
 
