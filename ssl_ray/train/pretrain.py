@@ -70,7 +70,10 @@ def located(config: Config) -> Config:
 
 
 def open_run(config: Config, *, resume: str) -> Opened:
-    """Opens data and run; raises RunMismatchError if the run's URI holds another one."""
+    """Opens data and run; raises RunMismatchError if the run's URI holds another one, ResourceError if this machine has not
+    the CPUs for it."""
+    if cluster.is_local():
+        cluster.require_cpus(os.cpu_count() or 1, workers=config.train.workers)  # Ray counts no more of them
     name = config.data.uri
     config = located(config)
     data, digests = open_data(config)
@@ -201,8 +204,6 @@ def made_ready(
         with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
             yield Ready(lambda: pool.submit(_train_here, opened, watch), _evaluate_here, alive=None)
         return
-    if cluster.is_local():
-        cluster.require_cpus(os.cpu_count() or 1, workers=config.train.workers)  # Ray counts no more of them
     progress("stage", {"text": "starting Ray"})
     views.load()  # once here, or all tasks of a new machine would compile at the same time
 

@@ -98,15 +98,13 @@ def test_what_does_not_fit_is_refused_before_the_run_is_made(pretrain, packed, t
     assert not uri.exists()  # else the corrected command would be refused as another run
 
 
-def test_more_workers_than_the_machine_has_cpus_for_are_refused_before_ray_starts(cli, packed, tmp_path, monkeypatch):
+def test_more_workers_than_the_machine_has_cpus_for_are_refused_before_the_run_is_made(cli, packed, tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     done = cli("pretrain", *SMALL, f"data.uri={packed}", f"run={tmp_path / 'run'}", "train.workers=5")
-    assert done.code == 4
-    begins, refused = done.err.splitlines()
-    assert " begins: " in begins
-    assert refused.startswith("ssl-ray: train.workers=5 needs 2.5 free CPUs")
-    assert refused.endswith("; the cluster has 2 free. Set train.workers=4 or fewer, or add nodes.")
+    advice = "; the cluster has 2 free. Set train.workers=4 or fewer, or add nodes."
+    done.refused(4, "ssl-ray: train.workers=5 needs 2.5 free CPUs", advice)
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_another_encoder_are_refused_before_the_run_is_made(pretrain, packed, trained, tmp_path):
