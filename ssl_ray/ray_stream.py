@@ -161,6 +161,7 @@ def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int,
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # each row that a task yields is a block of its own
+    # Ray Data keeps a quarter of the store for finished blocks; what two tasks have ready must fit the rest, or one waits.
     context._max_num_blocks_in_streaming_gen_buffer = max(1, min(BLOCKS_AHEAD, 3 * store // (8 * steps * step)))
     # What a second task makes cannot go before the first is done: there must be room for all of it.
     tasks = 2 if store >= 2 * data.plan.steps_per_round * step else 1

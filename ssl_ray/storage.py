@@ -147,6 +147,15 @@ def scratch_folder(purpose: str) -> Iterator[str]:
         yield folder
 
 
+def _require_only_absent(error: OSError) -> None:
+    """Raises what is wrong where a filesystem calls more than the absence of a file by that name."""
+    if _without_bucket(error):
+        raise error
+    cause = error.__cause__  # HTTP's takes any failure for absence, such as a server that is not there
+    if cause is not None and (isinstance(cause, OSError) or getattr(cause, "status", 404) != 404):
+        raise cause from None
+
+
 def exists(uri: str) -> bool:
     filesystem, path = open_storage(uri)
     with storage_errors(uri, "looking"):
@@ -154,11 +163,7 @@ def exists(uri: str) -> bool:
         try:  # not by exists(), which takes any failure for absence in some filesystems
             filesystem.info(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            if _without_bucket(error):
-                raise
-            cause = error.__cause__  # HTTP's filesystem takes any failure for absence too, such as a server that is not there
-            if cause is not None and (isinstance(cause, OSError) or getattr(cause, "status", 404) != 404):
-                raise cause from None
+            _require_only_absent(error)
             return False
         return True
 
@@ -171,8 +176,7 @@ def list_names(uri: str) -> list[str]:
         try:
             found = filesystem.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError) as error:
-            if _without_bucket(error):
-                raise
+            _require_only_absent(error)
             return []
     names = {name.rstrip("/").rsplit("/", 1)[-1] for name in found if name.rstrip("/") != path}
     return sorted(name for name in names if not name.startswith(".writing-"))

@@ -70,19 +70,24 @@ def located(config: Config) -> Config:
 
 
 def open_run(config: Config, *, resume: str) -> Opened:
-    """Opens data and run; raises RunMismatchError if the run's URI holds another one, ResourceError if this machine has not
-    the CPUs for it."""
-    if cluster.is_local():
-        cluster.require_cpus(os.cpu_count() or 1, workers=config.train.workers)  # Ray counts no more of them
+    """Opens data and run; raises RunMismatchError if the run's URI holds another one, ResourceError if it is new and
+    this machine has not the CPUs for it."""
     name = config.data.uri
     config = located(config)
     data, digests = open_data(config)
     run_id = runs.run_identity(config, data_digests=digests)
     uri = storage.absolute(config.run or runs.default_uri(name, run_id))
     if not storage.exists(storage.join(uri, "run.json")):
+        _require_cpus(config)
         loop.make_network(config, group=None)  # refused before the run's folder belongs to an encoder that does not fit
     resumed = runs.open_run(uri, config, run_id, resume=resume)
     return Opened(uri, config, data, plan_schedule(config, data.plan.steps_per_epoch), resumed)
+
+
+def _require_cpus(config: Config) -> None:
+    """Raises ResourceError where a Ray of this machine, which counts no more CPUs than there are, could not run the workers."""
+    if cluster.is_local():
+        cluster.require_cpus(os.cpu_count() or 1, workers=config.train.workers)
 
 
 def pretrain(config: Config, *, resume: str, progress: Progress) -> dict[str, Any]:
@@ -204,6 +209,7 @@ def made_ready(
         with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
             yield Ready(lambda: pool.submit(_train_here, opened, watch), _evaluate_here, alive=None)
         return
+    _require_cpus(config)
     progress("stage", {"text": "starting Ray"})
     views.load()  # once here, or all tasks of a new machine would compile at the same time
 

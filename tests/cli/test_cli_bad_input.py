@@ -107,6 +107,13 @@ def test_more_workers_than_the_machine_has_cpus_for_are_refused_before_the_run_i
     assert not (tmp_path / "run").exists()
 
 
+def test_a_complete_run_needs_no_cpus(pretrain, packed, trained, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    keys = (f"data.uri={packed}", f"run={trained}", "train.workers=5")
+    assert pretrain(*keys).ok().json["steps"] == 4
+
+
 def test_weights_of_another_encoder_are_refused_before_the_run_is_made(pretrain, packed, trained, tmp_path):
     uri = tmp_path / "run"
     keys = (f"data.uri={packed}", f"run={uri}", f"train.init_from={trained}")

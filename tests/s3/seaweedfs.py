@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -30,12 +29,12 @@ class Server:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def environment(self, identity: str = "trainer", *, endpoint: str | None = None) -> dict[str, str]:
+    def environment(self, identity: str = "trainer") -> dict[str, str]:
         """The standard AWS variables of a client."""
         return {
             "AWS_ACCESS_KEY_ID": identity,
             "AWS_SECRET_ACCESS_KEY": SECRETS.get(identity, "wrong-secret-key"),
-            "AWS_ENDPOINT_URL": endpoint or self.endpoint,
+            "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
@@ -99,9 +98,9 @@ class Server:
                     raise
                 time.sleep(0.2)
 
-    def stop(self, number: int = signal.SIGKILL) -> None:
+    def stop(self) -> None:
         assert self.process is not None
-        self.process.send_signal(number)
+        self.process.kill()
         self.process.wait(timeout=30)
 
 
