@@ -49,6 +49,8 @@ def main() -> None:
         seconds.append(time.perf_counter() - begun)
     if rank == 0:
         print(json.dumps(seconds))
+    del module
+    dist.barrier()
     dist.destroy_process_group()
 
 
