@@ -109,7 +109,7 @@ def _pretrain(options: argparse.Namespace) -> Result:
     with console.progress(quiet=options.json) as progress:
         from ssl_ray.train.pretrain import pretrain
 
-        return pretrain(made, resume=options.resume, progress=progress), console.summary
+        return pretrain(made, resume=options.resume, leased=not options.no_lease, progress=progress), console.summary
 
 
 def _evaluate(options: argparse.Namespace) -> Result:
@@ -329,6 +329,9 @@ def _parser() -> argparse.ArgumentParser:
     pretrain = _add(verbs, "pretrain", _pretrain, "Train an encoder, from wherever the run stands, and read it out.")
     pretrain.add_argument(
         "--resume", choices=("auto", "never"), default="auto", help="auto continues the run that is there; never refuses to"
+    )
+    pretrain.add_argument(
+        "--no-lease", action="store_true", help="do not refuse a run that another driver trains; for storage without locks"
     )
     _takes_config(pretrain, examples=_EXAMPLES)
     evaluate = _add(verbs, "evaluate", _evaluate, "Read out a checkpoint of a run: linear, kNN, alpha, RankMe.")

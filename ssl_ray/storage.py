@@ -5,12 +5,14 @@ Endpoint, region and credentials of S3 come from the standard AWS variables and 
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ssl_ray.errors import DataError, ResourceError, UsageError
 
@@ -200,3 +202,84 @@ def upload(local: str, uri: str) -> None:
                 shutil.copyfileobj(source, file, 2**20)
         else:
             filesystem.put_file(local, path)
+
+
+# A file that several may write ---------------------------------------------------------------------------------------
+
+
+class Changed(Exception):
+    """A file is no longer what was to be replaced."""
+
+
+def _is_s3(filesystem: "AbstractFileSystem") -> bool:
+    return "s3" in filesystem.protocol
+
+
+def can_swap(uri: str) -> bool:
+    """Whether `swap` is there for this kind of storage. A store's server may yet take no notice of the condition."""
+    return is_local(uri) or _is_s3(open_storage(uri)[0])
+
+
+def read_versioned(uri: str) -> tuple[bytes | None, str | None]:
+    """A small file and its version, which another content does not have; None and None if it is absent."""
+    filesystem, path = open_storage(uri)
+    with storage_errors(uri, "reading"):
+        try:
+            if _is_s3(filesystem):
+                from fsspec.asyn import sync
+
+                return sync(filesystem.loop, _get_object, filesystem, path)
+            filesystem.invalidate_cache(path)
+            data = filesystem.cat_file(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            _require_only_absent(error)
+            return None, None
+    return data, hashlib.sha256(data).hexdigest()
+
+
+async def _get_object(filesystem: Any, path: str) -> tuple[bytes, str]:
+    bucket, key, _ = filesystem.split_path(path)
+    answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key)
+    return await answer["Body"].read(), answer["ETag"]
+
+
+def swap(uri: str, data: bytes, *, version: str | None) -> str:
+    """Writes a small file if it is still of `version` (None: absent); returns its new version. Raises Changed if it is not.
+
+    `data` must be like nothing that another would write: it tells our own write, whose answer was lost, from another's.
+    """
+    with storage_errors(uri, "writing"):
+        if is_local(uri):
+            with _locked(os.path.dirname(absolute(uri))):
+                if read_versioned(uri)[1] != version:
+                    raise Changed(uri)
+                with _replacing(absolute(uri)) as file:
+                    file.write(data)
+            return hashlib.sha256(data).hexdigest()
+        filesystem: Any
+        filesystem, path = open_storage(uri)
+        bucket, key, _ = filesystem.split_path(path)
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        try:
+            return filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"]
+        except OSError as error:
+            if _without_bucket(error) or _http_status(error) not in (404, 409, 412):
+                raise
+    there, now = read_versioned(uri)
+    if there != data or now is None:
+        raise Changed(uri)
+    return now
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Alone among all that swap files in a local folder."""
+    with open(os.path.join(folder, ".writing-lock"), "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _http_status(error: BaseException) -> int | None:
+    """That of the answer of S3 which s3fs made an OSError of."""
+    response = getattr(error.__cause__, "response", None)
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None

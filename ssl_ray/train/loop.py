@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from ssl_ray import losses, storage
-from ssl_ray.config import Config, Loss, Views
+from ssl_ray.config import Config, Data, Loss, Views
 from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, TrainingError
 from ssl_ray.model import Network, build_network, default_generator_lock
 from ssl_ray.philox import DROPOUT, philox
@@ -176,18 +176,18 @@ def next_batch(batches: Iterator[Batch]) -> tuple[Batch | None, SslRayError | No
         return None, error
 
 
-def add_bad_samples(counters: Counters, found: list[BadSample], *, limit: int) -> SslRayError | None:
-    """Counts each bad sample once; the error that ends the run if there are more than `limit`."""
+def add_bad_samples(counters: Counters, found: list[BadSample], *, step: int, spec: Data) -> SslRayError | None:
+    """Counts each bad sample once, with the step that met it; the error that ends the run if there are more than allowed."""
     known = {(bad["shard"], bad["key"]) for bad in counters.bad_samples}
-    fresh = {(bad.shard, bad.key): dataclasses.asdict(bad) for bad in found if (bad.shard, bad.key) not in known}
+    fresh = {(bad.shard, bad.key): dataclasses.asdict(bad) | {"step": step} for bad in found if (bad.shard, bad.key) not in known}
     counters.bad_samples += [fresh[name] for name in sorted(fresh)]
-    if len(counters.bad_samples) <= limit:
+    if len(counters.bad_samples) <= spec.max_bad_samples:
         return None
     first = counters.bad_samples[-len(fresh) if fresh else 0]
     return DataError(
-        f"{len(counters.bad_samples)} bad samples, data.max_bad_samples={limit} allowed; "
+        f"{len(counters.bad_samples)} bad samples, data.max_bad_samples={spec.max_bad_samples} allowed; "
         f"the last: {first['shard']} {first['key']}: {first['reason']}.\n"
-        "Run `ssl-ray data check URI` to find them all and leave them out, or raise data.max_bad_samples."
+        f"Run `ssl-ray data check {spec.uri}` to find them all and leave them out, or raise data.max_bad_samples."
     )
 
 
@@ -242,7 +242,7 @@ def train(
             agreed = agree(mine, group=group, device=device)
             if agreed.bad:
                 everywhere = [sample for found in gather_objects(bad, group=group) for sample in found]
-                error = add_bad_samples(counters, everywhere, limit=config.data.max_bad_samples) or error
+                error = add_bad_samples(counters, everywhere, step=step, spec=config.data) or error
             if agreed.error:
                 error = next(filter(None, gather_objects(error, group=group)))
             if error is None and agreed.stop:
@@ -308,7 +308,6 @@ def run_worker(
     batches: Iterator[Batch],
     *,
     run: str,
-    attempt: runs.Attempt,
     marker: runs.Marker,
     group: dist.ProcessGroup | None,
     rank: int,
@@ -331,7 +330,7 @@ def run_worker(
     if rank == 0:
         flush_s = 1.0 if storage.is_local(run) else 5.0
         keep = config.checkpoint.keep
-        writer = Writer(run, attempt=attempt.id, first_step=marker.step, keep=keep, flush_s=flush_s)
+        writer = Writer(run, marker=marker, keep=keep, flush_s=flush_s)
     try:
         outcome = train(
             config,

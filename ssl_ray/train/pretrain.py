@@ -7,13 +7,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ssl_ray import plan, shards, storage, stream, views
 from ssl_ray.config import Config
-from ssl_ray.errors import SslRayError, Stopped
-from ssl_ray.train import cluster, loop, runs
+from ssl_ray.errors import ResourceError, SslRayError, Stopped
+from ssl_ray.train import cluster, lease, loop, runs
+from ssl_ray.train.lease import Lease
 
 POLL_S = 0.5
 """Seconds between two looks at the run's files."""
@@ -30,9 +31,12 @@ class Opened:
 
     uri: str
     config: Config
+    run_id: dict[str, Any]
     data: stream.TrainingData
     schedule: loop.Schedule
     resumed: bool
+    lease: int | None = None
+    """The number of this driver's."""
 
 
 def plan_schedule(config: Config, steps_per_epoch: int) -> loop.Schedule:
@@ -81,7 +85,7 @@ def open_run(config: Config, *, resume: str) -> Opened:
         _require_cpus(config)
         loop.make_network(config, group=None)  # refused before the run's folder belongs to an encoder that does not fit
     resumed = runs.open_run(uri, config, run_id, resume=resume)
-    return Opened(uri, config, data, plan_schedule(config, data.plan.steps_per_epoch), resumed)
+    return Opened(uri, config, run_id, data, plan_schedule(config, data.plan.steps_per_epoch), resumed)
 
 
 def _require_cpus(config: Config) -> None:
@@ -90,29 +94,54 @@ def _require_cpus(config: Config) -> None:
         cluster.require_cpus(os.cpu_count() or 1, workers=config.train.workers)
 
 
-def pretrain(config: Config, *, resume: str, progress: Progress) -> dict[str, Any]:
+def pretrain(config: Config, *, resume: str, leased: bool, progress: Progress) -> dict[str, Any]:
     """Runs `config` to its end, from wherever its run stands; returns the summary, which is also RUN/summary.json.
 
+    leased: refuse to train a run that another driver trains (see lease.py).
     Raises the SslRayError that ended the run early; Stopped on SIGINT or SIGTERM, with a checkpoint.
     """
     with signals() as asked:
         opened = open_run(config, resume=resume)
-        uri, total = opened.uri, opened.schedule.total_steps
-        marker = runs.read_marker(uri)
-        summary_at = storage.join(uri, "summary.json")
-        complete = marker.step == total and storage.exists(summary_at)
-        progress("start", start_record(opened, marker.step) | {"complete": complete})
+        summary_at = storage.join(opened.uri, "summary.json")
+        step = runs.read_marker(opened.uri).step
+        complete = step == opened.schedule.total_steps and storage.exists(summary_at)
+        progress("start", start_record(opened, step) | {"complete": complete})
         if complete:
             return runs.read_json(summary_at)
-        storage.remove(storage.join(uri, "stop"))
-        with made_ready(opened, asked, progress) as ready:
-            readouts = _Readouts(uri, ready.evaluate, progress)
-            drive(opened, ready, asked, progress, beside=readouts.advance)
-            progress("stage", {"text": "reading out"})
-            readouts.finish(asked)
-        summary = summarise(opened)
-        runs.write_json(summary_at, summary)
+        with _held(opened, asked, progress) if leased else nullcontext() as held:
+            if held is not None:
+                opened = dataclasses.replace(opened, lease=held.number)
+            storage.remove(storage.join(opened.uri, "stop"))
+            with made_ready(opened, asked, progress) as ready:
+                readouts = _Readouts(opened.uri, ready.evaluate, progress)
+
+                def beside() -> None:
+                    if held is not None and held.lost:
+                        raise ResourceError(f"{opened.uri}: another driver has taken over this run; this one has stopped.")
+                    readouts.advance()
+
+                drive(opened, ready, asked, progress, beside=beside)
+                progress("stage", {"text": "reading out"})
+                readouts.finish(asked)
+            summary = summarise(opened)
+            runs.write_json(summary_at, summary)
         return summary
+
+
+@contextmanager
+def _held(opened: Opened, asked: "_Asked", progress: Progress) -> Iterator[Lease]:
+    """The run's lease; the run is looked at again under it, since another driver may have made it at the same time."""
+    told: list[str] = []
+
+    def wait(text: str) -> None:
+        asked.stop_here("while it was seen whether another driver trains this run")
+        if text not in told:
+            progress("stage", {"text": text})
+            told.append(text)
+
+    with lease.held(opened.uri, wait=wait) as held:
+        runs.open_run(opened.uri, opened.config, opened.run_id, resume="auto")
+        yield held
 
 
 def start_record(opened: Opened, step: int) -> dict[str, Any]:
@@ -229,6 +258,7 @@ def made_ready(
             opened.data,
             opened.schedule,
             run=opened.uri,
+            lease=opened.lease,
             resources=resources,
             scratch=str(session.folder / "train"),
             watch=watch,
@@ -245,14 +275,13 @@ def _train_here(opened: Opened, watch: Watch) -> loop.Outcome:
     import torch
 
     uri, schedule = opened.uri, opened.schedule
-    attempt, marker = runs.begin_attempt(uri), runs.read_marker(uri)
+    marker = runs.begin_attempt(uri, lease=opened.lease)
     lanes = plan.lanes_of(0, 1, opened.data.plan.lanes)
     return loop.run_worker(
         opened.config,
         schedule,
         watch(stream.local_batches(opened.data, lanes=lanes, first_step=marker.step, stop_step=schedule.total_steps)),
         run=uri,
-        attempt=attempt,
         marker=marker,
         group=None,
         rank=0,
@@ -300,8 +329,8 @@ class _Watch:
 
     def __init__(self, uri: str, progress: Progress):
         self.uri, self.progress = uri, progress
-        committed = runs.read_marker(uri).step
-        self.segment, self.seen = runs.segment_name(committed), committed - 1
+        marker = runs.read_marker(uri)
+        self.seen, self.starts = marker.step - 1, marker.number
         self.failures = runs.failure_names(uri)
         self.begun = False
         """Whether a step was seen."""
@@ -313,12 +342,16 @@ class _Watch:
             step = runs.read_marker(self.uri).step
             text = f"workers died ({runs.newest_failure(self.uri)}): starting them again from step {step}"
             self.progress("stage", {"text": text})
-        names = [name for name in runs.segment_names(self.uri) if name >= self.segment]
-        for record in runs.read_metrics(self.uri, first_segment=self.segment):
+        names = [name for name in runs.segment_names(self.uri) if runs.segment_number(name) > self.starts]
+        if not names:
+            return
+        newest = max(map(runs.segment_number, names))
+        mine = [name for name in names if runs.segment_number(name) == newest]
+        first = max((name for name in mine if runs.segment_step(name) <= self.seen + 1), default=mine[0])
+        for record in runs.read_metrics(self.uri, first_segment=first):
             if record["step"] > self.seen:
                 self.progress("step", record)
                 self.seen, self.begun = record["step"], True
-        self.segment = names[-1] if names else self.segment
 
 
 class _Readouts:
@@ -356,7 +389,7 @@ class _Readouts:
 def summarise(opened: Opened) -> dict[str, Any]:
     """The summary of a complete run, from its files."""
     uri, made = opened.uri, opened.data.plan
-    records, attempt = runs.read_metrics(uri), runs.newest_attempt(uri)
+    records = runs.read_metrics(uri)
     steps = [record["step"] for record in records]
     assert steps == list(range(opened.schedule.total_steps)), f"{uri}/metrics does not hold every step once"
     untrained = runs.read_json(runs.evaluation_uri(uri, None))
@@ -383,5 +416,5 @@ def summarise(opened: Opened) -> dict[str, Any]:
         "best_step": runs.best_step(uri),
         "bad_samples": records[-1]["bad_samples"],
         "dropped_samples": made.dropped * (len(records) // made.steps_per_epoch),
-        "restarts": attempt.number - 1,
+        "restarts": runs.read_marker(uri).number - 1,
     }

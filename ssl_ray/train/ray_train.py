@@ -63,21 +63,21 @@ def plan_resources(available: dict[str, float], *, workers: int, threads: int) -
 class StreamConfig(ray.train.DataConfig):
     """Makes the workers' streams at every start of the worker group, from the committed position."""
 
-    def __init__(self, run: str, reference: Any, total_steps: int, resources: Resources):
+    def __init__(self, run: str, lease: int | None, reference: Any, total_steps: int, resources: Resources):
         super().__init__(datasets_to_split=[])
-        self.run, self.reference, self.total_steps, self.resources = run, reference, total_steps, resources
+        self.run, self.lease, self.reference, self.total_steps, self.resources = run, lease, reference, total_steps, resources
 
     def configure(self, datasets, world_size, worker_handles=None, worker_node_ids=None, **_):
-        attempt = runs.begin_attempt(self.run)
-        if attempt.idle >= IDLE_STARTS:
+        marker = runs.begin_attempt(self.run, lease=self.lease)
+        if marker.idle > IDLE_STARTS:
             raise TrainingError(
-                f"the workers died {attempt.idle} times at step {attempt.step} without a new checkpoint. "
+                f"the workers died {IDLE_STARTS} times at step {marker.step} without a new checkpoint. "
                 f"{runs.newest_failure(self.run)}\n"
                 "Ray's logs are in /tmp/ssl-ray-*/session_latest/logs on their machines. Lower memory use or checkpoint.every_s."
             )
         data = ray_stream.fetch(self.reference)
         shares = [plan.lanes_of(rank, world_size, data.plan.lanes) for rank in range(world_size)]
-        return [{"train": self._stream(data, lanes, attempt.step).iterator()} for lanes in shares]
+        return [{"train": self._stream(data, lanes, marker.step).iterator()} for lanes in shares]
 
     def _stream(self, data: stream.TrainingData, lanes: range, first_step: int):
         return ray_stream.ray_stream(
@@ -127,15 +127,12 @@ def _work_or_raise(given: dict[str, Any]) -> "loop.Outcome":
     shard = ray.train.get_dataset_shard("train")  # comes first: this start of the workers is counted when it is made
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     batches, rank = ray_stream.ray_batches(tables), context.get_world_rank()
-    attempt, marker = runs.newest_attempt(run), runs.read_marker(run)
-    assert marker.step == attempt.step, f"the marker moved from step {attempt.step} to {marker.step} during a start"
     return loop.run_worker(
         config,
         given["schedule"],
         given["watch"](batches) if rank == 0 else batches,
         run=run,
-        attempt=attempt,
-        marker=marker,
+        marker=runs.read_marker(run),
         group=group,
         rank=rank,
         device=get_device(),
@@ -156,6 +153,7 @@ def train(
     schedule: "loop.Schedule",
     *,
     run: str,
+    lease: int | None,
     resources: Resources,
     scratch: str,
     watch: Callable[[Iterator[stream.Batch]], Iterator[stream.Batch]],
@@ -163,6 +161,7 @@ def train(
 ) -> "loop.Outcome":
     """Trains the run at `run` on the cluster that is joined; returns how it ended. Workers that die are started again.
 
+    lease: the number of the driver's.
     scratch: a folder for what Ray Train notes of its own.  watch: what hands on the batches of worker 0.
     environment: variables of the workers.
     """
@@ -174,7 +173,7 @@ def train(
         work,
         train_loop_config={"config": config, "run": run, "schedule": schedule, "watch": watch},
         datasets={"train": ray.data.range(1)},
-        dataset_config=StreamConfig(run, reference, schedule.total_steps, resources),
+        dataset_config=StreamConfig(run, lease, reference, schedule.total_steps, resources),
         torch_config=TorchConfig(timeout_s=300),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.train.workers,

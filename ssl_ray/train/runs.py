@@ -1,46 +1,54 @@
 """A run at rest: what its folder (or object-store prefix) holds, and where the run stands.
 
     RUN/run.json             format_version, identity (flat keys) and its hash, the whole configuration, versions
-    RUN/attempt.json         how often the run was started, and the id of the newest start
-    RUN/latest.json          the commit marker: step, checkpoint folder. Only this says where the run is.
+    RUN/latest.json          the commit marker: step, checkpoint folder, newest start of the workers. Only this says where
+                             the run is.
+    RUN/lease                which driver trains the run
     RUN/checkpoints/STEP-ID/ encoder and projector weights, optimiser (safetensors), state.json
-    RUN/metrics/STEP.jsonl   one object a step, in segments named by their first step
+    RUN/metrics/*.jsonl      one object a step, in segments named by their first step and the start that wrote them
     RUN/evaluations/*.json   untrained.json and one file for each evaluated step
-    RUN/quarantine.json      bad samples met so far
+    RUN/quarantine.jsonl     bad samples met so far
     RUN/failures/*.json      why workers died, a file for each start of theirs that ended so
     RUN/summary.json         written when the run is complete
 
-A checkpoint counts once latest.json names it. Steps after the marker are undone by a resume: their segments go.
+A checkpoint counts once latest.json names it. Steps after the marker are undone by a resume: their segments go. A new start of
+the workers changes the marker first, so that workers of earlier ones, which may live on for some seconds, commit no more.
 """
 
 import dataclasses
 import json
+import re
 import uuid
+from types import NoneType
 from typing import Any
 
 from ssl_ray import __version__, storage
 from ssl_ray.config import Config, canonical_hash, identity, to_dict
-from ssl_ray.errors import DataError, RunMismatchError, UsageError
+from ssl_ray.errors import DataError, ResourceError, RunMismatchError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MOVES = 5
+"""So often a new start tries to change the marker, while workers of earlier ones commit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Marker:
-    """Where a run stands: `step` steps are done and their results are in `checkpoint` (a name below checkpoints/)."""
+    """Where a run stands."""
 
     step: int = 0
+    """So many steps are done."""
     checkpoint: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Attempt:
-    """One start of the workers: `number` starts so far, `idle` of them in a row without a new checkpoint."""
-
-    id: str = ""
+    """Where their results are, below checkpoints/."""
+    attempt: str = ""
+    """The newest start of the workers."""
     number: int = 0
-    step: int = 0
+    """So many starts there were."""
     idle: int = 0
+    """Of these, in a row since the last commit."""
+    lease: int | None = None
+    """That of the driver of the newest start; None: it had none."""
+    version: str | None = None
+    """Of the file."""
 
 
 def read_json(uri: str) -> dict[str, Any]:
@@ -119,17 +127,20 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 def read_marker(uri: str) -> Marker:
     """The committed position of the run at `uri`: step 0 without a checkpoint where nothing was committed yet."""
     at = storage.join(uri, "latest.json")
-    if not storage.exists(at):
+    data, version = storage.read_versioned(at)
+    if data is None:
         return Marker()
-    data = storage.read_bytes(at)
     try:
         value = json.loads(data)
-        step, name = value["step"], value["checkpoint"]
-        if not (isinstance(step, int) and isinstance(name, str)):
-            raise TypeError("step or checkpoint of another type")
-    except (ValueError, LookupError, TypeError) as error:
+        marker = Marker(**value, version=version)
+        kinds = {"step": int, "checkpoint": (str, NoneType), "attempt": str, "number": int, "idle": int, "lease": (int, NoneType)}
+        if not all(isinstance(getattr(marker, name), kind) for name, kind in kinds.items()) or "step" not in value:
+            raise TypeError("a value of another type")
+        if marker.step < 0 or (marker.checkpoint is None) != (marker.step == 0):
+            raise ValueError("a step without a checkpoint")
+    except (ValueError, TypeError) as error:
         raise DataError(f"{at}: damaged, it does not name a checkpoint. {_remedy(uri)}") from error
-    return Marker(step, name)
+    return marker
 
 
 def _remedy(uri: str) -> str:
@@ -142,22 +153,49 @@ def _remedy(uri: str) -> str:
     return "Remove it, and the run begins again."
 
 
-def begin_attempt(uri: str) -> Attempt:
-    """Counts one more start of the workers from the committed position, and undoes what lies behind it."""
-    marker, at = read_marker(uri), storage.join(uri, "attempt.json")
-    before = Attempt(**read_json(at)) if storage.exists(at) else Attempt()
-    idle = before.idle + 1 if before.number and before.step == marker.step else 0
-    attempt = Attempt(id=uuid.uuid4().hex[:8], number=before.number + 1, step=marker.step, idle=idle)
-    write_json(at, dataclasses.asdict(attempt))
-    _discard_uncommitted(uri, marker)
-    return attempt
+def begin_attempt(uri: str, *, lease: int | None) -> Marker:
+    """Counts one more start of the workers from the committed position, shuts out those of earlier ones, and undoes what lies
+    behind the position.
+
+    lease: the number of the driver's.  Raises ResourceError if a later driver has taken over the run.
+    """
+    for _ in range(MOVES):
+        marker = read_marker(uri)
+        if lease is not None and marker.lease is not None and marker.lease > lease:
+            raise ResourceError(f"{uri}: another driver has taken over this run; this one has stopped.")
+        # A marker that was mended by hand may know of fewer starts than there were.
+        number = max([marker.number, *(segment_number(name) for name in segment_names(uri))]) + 1
+        try:
+            started = _move(uri, marker, attempt=uuid.uuid4().hex[:8], number=number, idle=marker.idle + 1, lease=lease)
+        except storage.Changed:  # by workers that were about to commit
+            continue
+        _discard_uncommitted(uri, started)
+        return started
+    raise ResourceError(f"{uri}: its latest.json changes all the time. Stop whatever else trains this run.")
+
+
+def _move(uri: str, marker: Marker, **changes: Any) -> Marker:
+    """Writes the marker with `changes`, if it is the one that was read; raises storage.Changed if not.
+
+    Without a lease, for storage that knows no conditional writes, a moment is left in which another could write.
+    """
+    moved, at = dataclasses.replace(marker, **changes), storage.join(uri, "latest.json")
+    record = dataclasses.asdict(moved)
+    del record["version"]
+    data = (json.dumps(record, indent=1) + "\n").encode()
+    if moved.lease is not None:
+        return dataclasses.replace(moved, version=storage.swap(at, data, version=marker.version))
+    if read_marker(uri) != marker:
+        raise storage.Changed(at)
+    storage.write_atomic(at, data)
+    return read_marker(uri)
 
 
 def write_failure(uri: str, reasons: dict[int, str]) -> None:
     """Keeps why workers died, by rank, in RUN/failures/, named by the start that they belonged to."""
-    attempt = newest_attempt(uri)
-    record = {"attempt": attempt.number, "step": attempt.step, "reasons": reasons}
-    write_json(storage.join(uri, "failures", f"{attempt.number:06d}.json"), record)
+    marker = read_marker(uri)
+    record = {"attempt": marker.number, "step": marker.step, "reasons": reasons}
+    write_json(storage.join(uri, "failures", f"{marker.number:06d}.json"), record)
 
 
 def failure_names(uri: str) -> list[str]:
@@ -175,24 +213,27 @@ def newest_failure(uri: str) -> str:
     return f"Worker {rank}: {lines[-1 if 'Traceback' in reason else 0][:300]}"
 
 
-def newest_attempt(uri: str) -> Attempt:
-    return Attempt(**read_json(storage.join(uri, "attempt.json")))
+def commit(uri: str, marker: Marker, *, step: int, checkpoint: str) -> Marker:
+    """Moves the marker; raises storage.Changed if a newer start of the workers has taken over."""
+    return _move(uri, marker, step=step, checkpoint=checkpoint, idle=0)
 
 
-def commit(uri: str, *, step: int, checkpoint: str, attempt: str) -> bool:
-    """Moves the marker; refuses (False) if a newer start of the workers has taken over."""
-    if newest_attempt(uri).id != attempt:
-        return False
-    write_json(storage.join(uri, "latest.json"), {"step": step, "checkpoint": checkpoint, "attempt": attempt})
-    return True
+def segment_name(first_step: int, number: int = 0) -> str:
+    """Of a segment of the metrics that the start `number` of the workers wrote; without, a name before all of that step."""
+    return f"{first_step:010d}-{number:06d}.jsonl"
 
 
-def segment_name(first_step: int) -> str:
-    return f"{first_step:010d}.jsonl"
+def segment_number(name: str) -> int:
+    return int(name.removesuffix(".jsonl").partition("-")[2])
+
+
+def segment_step(name: str) -> int:
+    return int(name.partition("-")[0])
 
 
 def segment_names(uri: str) -> list[str]:
-    return [name for name in storage.list_names(storage.join(uri, "metrics")) if name.endswith(".jsonl")]
+    names = storage.list_names(storage.join(uri, "metrics"))
+    return [name for name in names if re.fullmatch(r"\d{10}-\d{6}\.jsonl", name)]
 
 
 def _discard_uncommitted(uri: str, marker: Marker) -> None:
@@ -206,10 +247,19 @@ def _discard_uncommitted(uri: str, marker: Marker) -> None:
 
 
 def read_metrics(uri: str, *, first_segment: str = "") -> list[dict[str, Any]]:
-    """The records of all steps in order, or of the segments from the one named `first_segment` on."""
-    names = [name for name in segment_names(uri) if name >= first_segment]
-    lines = [line for name in names for line in storage.read_bytes(storage.join(uri, "metrics", name)).splitlines()]
-    return [json.loads(line) for line in lines]
+    """The records of all steps in order, or of the segments from the one named `first_segment` on.
+
+    Where a start of the workers began, what earlier ones wrote ends: a worker that lived on may have written more.
+    """
+    names = segment_names(uri)
+    records: list[dict[str, Any]] = []
+    for name in names:
+        if name >= first_segment:
+            later = [segment_step(other) for other in names if segment_number(other) > segment_number(name)]
+            stop = min(later, default=None)
+            lines = storage.read_bytes(storage.join(uri, "metrics", name)).splitlines()
+            records += [record for record in map(json.loads, lines) if stop is None or record["step"] < stop]
+    return records
 
 
 def checkpoint_step(name: str) -> int:

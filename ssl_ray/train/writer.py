@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 
 
 class Writer:
-    """Writes into the run at `uri` as the start `attempt` of its workers, from step `first_step` on.
+    """Writes into the run at `uri`, from where `marker` says that the run stands, as the newest start of its workers.
 
     flush_s: seconds between two writes of the unfinished segment, and between two looks for a request to stop.
     `error` is the first failure; after it nothing more is written.
     """
 
-    def __init__(self, uri: str, *, attempt: str, first_step: int, keep: int, flush_s: float):
-        self.uri, self.attempt, self.keep, self.flush_s = uri, attempt, keep, flush_s
+    def __init__(self, uri: str, *, marker: runs.Marker, keep: int, flush_s: float):
+        self.uri, self.marker, self.keep, self.flush_s = uri, marker, keep, flush_s
         self.error: Exception | None = None
         self.stop_requested = False
-        self._segment_start, self._lines = first_step, []  # type: tuple[int, list[str]]
+        self._segment_start, self._lines = marker.step, []  # type: tuple[int, list[str]]
         self._finished: list[tuple[int, list[str]]] = []
         self._snapshot: tuple[Snapshot, bool] | None = None
         self._condition = threading.Condition()
@@ -88,7 +88,7 @@ class Writer:
             taken, closing = self._snapshot, self._closing
         for start, lines in [*finished, open_segment]:
             if lines:
-                at = storage.join(self.uri, "metrics", runs.segment_name(start))
+                at = storage.join(self.uri, "metrics", runs.segment_name(start, self.marker.number))
                 storage.write_atomic(at, "".join(lines).encode())
         # Before a commit: where a checkpoint is always waiting, a request to stop would never be seen after it.
         self.stop_requested = self.stop_requested or storage.exists(storage.join(self.uri, "stop"))
@@ -101,15 +101,18 @@ class Writer:
         return closing
 
     def _commit(self, shot: Snapshot, evaluate: bool) -> None:
-        name = f"{shot.step:010d}-{self.attempt}"
+        name = f"{shot.step:010d}-{self.marker.attempt}"
         started = time.monotonic()
         write_checkpoint(storage.join(self.uri, "checkpoints", name), shot)
         if shot.state["bad_samples"]:
-            runs.write_json(storage.join(self.uri, "quarantine.json"), {"bad_samples": shot.state["bad_samples"]})
+            lines = "".join(json.dumps(sample) + "\n" for sample in shot.state["bad_samples"])
+            storage.write_atomic(storage.join(self.uri, "quarantine.jsonl"), lines.encode())
         if evaluate:
             storage.write_atomic(storage.join(self.uri, "checkpoints", name, "evaluate"), b"")
-        if not runs.commit(self.uri, step=shot.step, checkpoint=name, attempt=self.attempt):
-            raise SslRayError(f"{self.uri}: other workers have taken over this run; these have stopped.")
+        try:
+            self.marker = runs.commit(self.uri, self.marker, step=shot.step, checkpoint=name)
+        except storage.Changed as error:
+            raise SslRayError(f"{self.uri}: other workers have taken over this run; these have stopped.") from error
         log.info("step %d committed in %.1f s", shot.step, time.monotonic() - started)
         self._purge(name)
 

@@ -229,7 +229,7 @@ def test_an_undecodable_image_ends_the_run_unless_allowed(pretrain, cli, with_ba
 
     summary = pretrain(*one_epoch, f"run={tmp_path / 'allowed'}", "data.max_bad_samples=1").ok().json
     assert (summary["bad_samples"], summary["steps"]) == (1, 5)
-    assert "broken_png" in (tmp_path / "allowed" / "quarantine.json").read_text()
+    assert "broken_png" in (tmp_path / "allowed" / "quarantine.jsonl").read_text()
 
     done = cli("data", "check", data)
     assert done.code == 3

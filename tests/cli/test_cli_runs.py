@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_checkpoint_and_cause(p
     uri = tmp_path / "run"
     keys = (f"data.uri={packed}", f"run={uri}", "optim.lr=1e30", "optim.warmup_epochs=0", "checkpoint.every_steps=1")
     done = pretrain(*keys).refused(1, "is not finite at step 1", "the last good checkpoint is that of step", "lower optim.lr")
-    assert f"of step {marker(uri)['step'] if (uri / 'latest.json').exists() else 0}." in done.err
+    assert f"of step {marker(uri)['step']}." in done.err
 
 
 # Storage ------------------------------------------------------------------------------------------------------------
@@ -228,7 +228,9 @@ def stop(process: subprocess.Popen[bytes], uri: Path, number: int) -> tuple[int,
     with contextlib.ExitStack() as ending:
         ending.callback(process.kill)
         until = time.monotonic() + 60
-        while not (uri / "latest.json").exists() and process.poll() is None and time.monotonic() < until:
+        while not (uri / "latest.json").exists() or not marker(uri)["step"]:
+            assert process.poll() is None, "it ended first"
+            assert time.monotonic() < until
             time.sleep(0.01)
         process.send_signal(number)
         out, _ = process.communicate(timeout=60)

@@ -87,11 +87,10 @@ class Victim:
         ray_processes("RayTrainWorker", self.faults)[rank].kill()
         self.kills += 1
 
-    def kill_at_rename(self, target: str) -> None:
-        """SIGKILL to whichever process next renames a file to a path with all words of `target` in it."""
+    def kill_at_rename(self, target: str, *, nth: int = 1) -> None:
+        """SIGKILL to whichever process is the `nth` from now on to rename a file to a path with all words of `target` in it."""
         order = self.faults / "order"
-        order.with_suffix(".new").write_text("")
-        order.write_text(target)
+        order.write_text(f"{nth} {target}")
         while order.exists():
             if self.driver.poll() is not None:  # it was the driver, or the run is over
                 break
@@ -145,8 +144,10 @@ def test_two_workers_take_the_same_views_to_the_same_loss(undisturbed):
 
 def test_a_run_in_this_process_survives_kills_at_every_stage_of_a_checkpoint(undisturbed, faults, tmp_path):
     victim = Victim(tmp_path / "run", 0, faults=faults, env={})
-    for target in ("checkpoints weights", "checkpoints optimizer", "latest.json", "metrics/", "summary.json"):
-        victim.kill_at_rename(target)
+    # The marker is written at a start, then with each checkpoint.
+    points = [("checkpoints weights", 1), ("checkpoints optimizer", 1), ("latest.json", 1), ("latest.json", 2)]
+    for target, nth in [*points, ("metrics/", 1), ("summary.json", 1)]:
+        victim.kill_at_rename(target, nth=nth)
         victim.restart(-signal.SIGKILL)
     victim.finish()
     assert_same(undisturbed(0), tmp_path / "run")
@@ -154,7 +155,7 @@ def test_a_run_in_this_process_survives_kills_at_every_stage_of_a_checkpoint(und
 
 def test_two_workers_survive_the_death_of_a_worker_and_of_the_driver(undisturbed, cluster, faults, tmp_path):
     victim = Victim(tmp_path / "run", 2, faults=faults, env=cluster)
-    victim.kill_at_rename("latest.json")
+    victim.kill_at_rename("latest.json", nth=2)
     victim.kill_worker(1, at=16)
     victim.kill_driver(at=30)
     summary = victim.finish()
@@ -194,7 +195,7 @@ def test_two_workers_survive_any_kill(undisturbed, cluster, faults, tmp_path):
 def test_four_workers_survive_any_kill(undisturbed, cluster, faults, tmp_path):
     victim = Victim(tmp_path / "run", 4, faults=faults, env=cluster, keys=SLOW)
     victim.kill_worker(0, at=9)
-    victim.kill_at_rename("latest.json")
+    victim.kill_at_rename("latest.json", nth=2)
     victim.kill_worker(3, at=24)
     victim.kill_driver(at=30)
     victim.finish()
@@ -264,7 +265,7 @@ def test_a_stop_while_ray_starts_ends_with_130_and_leaves_nothing_behind(number,
 @pytest.mark.timeout(900)
 def test_a_stop_while_the_workers_start_does_not_wait_for_them(cluster, faults, tmp_path):
     victim = Victim(tmp_path / "run", 2, faults=faults, env=cluster)
-    assert wait_until((tmp_path / "run" / "attempt.json").exists, victim.driver, "the workers' start")
+    assert wait_until((tmp_path / "run" / "latest.json").exists, victim.driver, "the workers' start")
     victim.driver.terminate()
     code, _, err = finish(victim.driver, 30)
     assert (code, err.splitlines()[-1]) == (130, "ssl-ray: stopped before the first step; the same command continues."), err
