@@ -52,11 +52,17 @@ class Data:
     """Share of `uri` held out for evaluation where `eval_uri` is null, above 0 and below 1."""
     max_bad_samples: int = 0
     """Distinct undecodable samples to replace and report before the run stops."""
+    cache_dir: str | None = None
+    """Local folder of each machine in which shards of remote storage are kept once read; null: nowhere."""
+    cache_bytes: int = 50 * 10**9
+    """Bytes that may be kept there, or as many as the disk has; then what was used longest ago goes."""
 
     def __post_init__(self) -> None:
         _check(0 < self.fraction <= 1, "data.fraction", self.fraction, "a number above 0, up to 1")
         _check(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "a number above 0, below 1")
         _check(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "0 or more")
+        _check(self.cache_dir is None or "://" not in self.cache_dir, "data.cache_dir", self.cache_dir, "a local folder, or null")
+        _check(self.cache_bytes >= 1, "data.cache_bytes", self.cache_bytes, "1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,7 +274,17 @@ class Config:
 # Keys that may change when a run is resumed: they do not change what it computes (threads only the order of sums; data
 # may move, since a run is tied to the digest of its manifest).
 EXECUTION = frozenset(
-    {"run", "data.uri", "data.eval_uri", "train.workers", "train.threads", "train.digest", "evaluate.every_epochs"}
+    {
+        "run",
+        "data.uri",
+        "data.eval_uri",
+        "data.cache_dir",
+        "data.cache_bytes",
+        "train.workers",
+        "train.threads",
+        "train.digest",
+        "evaluate.every_epochs",
+    }
     | {f"checkpoint.{field.name}" for field in dataclasses.fields(Checkpoint)}
 )
 

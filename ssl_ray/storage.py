@@ -1,6 +1,7 @@
 """Files on any fsspec storage (local paths, s3://, gs://, ...), and its failures as errors a user can act on.
 
-Endpoint, region and credentials of S3 come from the standard AWS variables and files.
+Endpoint, region and credentials of S3 come from the standard AWS variables and files. What fails in a way that may pass is
+tried again: a server may restart, or ask its clients to slow down.
 """
 
 import contextlib
@@ -8,17 +9,32 @@ import errno
 import fcntl
 import hashlib
 import os
+import random
 import shutil
+import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from ssl_ray.errors import DataError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+T = TypeVar("T")
+
+CONNECT_S = 5
+"""To connect to a server."""
+STALL_S = 10
+"""A connection on which nothing comes for so long is given up."""
+ATTEMPTS = 8
+"""For what fails in a way that may pass, beside the retries of the storage's own client. The pauses between them, drawn up to .5,
+1, 2, ... 20 s, take half a minute on average, 52 s at most; each attempt ends by the timeouts above."""
+FEW_ATTEMPTS = 3
+"""Before a storage answered this process for the first time, since a wrong endpoint is to be told soon; and for a file that is
+not there, where that is no answer: network file systems may see a file late."""
 
 KNOWN = (
     "a path or a URI such as s3://bucket/name; file://, s3://, http:// and https:// (to read) are there, "
@@ -49,9 +65,12 @@ def open_storage(uri: str) -> "tuple[AbstractFileSystem, str]":
 
     if is_local(uri):  # not by url_to_fs, to which "::" in a file's name is a chain of protocols
         return fsspec.filesystem("file"), absolute(uri)
+    options: dict[str, Any] = {}
+    if uri.startswith("s3"):
+        options = {"config_kwargs": {"connect_timeout": CONNECT_S, "read_timeout": STALL_S}}
     try:
         with storage_errors(uri, "connecting"):
-            filesystem, path = fsspec.core.url_to_fs(absolute(uri))
+            filesystem, path = fsspec.core.url_to_fs(absolute(uri), **options)
     except (ValueError, ImportError) as error:
         raise UsageError(f"{uri}: {one_line(error)}. Expected {KNOWN}.") from error
     return filesystem, path
@@ -100,11 +119,84 @@ def storage_errors(uri: str, doing: str) -> Iterator[None]:
         raise
 
 
+# Trying again --------------------------------------------------------------------------------------------------------
+
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_LASTING_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL)
+
+_answered: set[str] = set()
+"""Protocols of the storages that answered this process."""
+_resume_at = 0.0
+"""Nothing is asked of a storage before (time.monotonic): it said that this process asks too much."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a failure of a storage may be gone a little later."""
+    if isinstance(error, OSError):
+        return not isinstance(error, _LASTING) and error.errno not in _LASTING_ERRNO
+    package = type(error).__module__.partition(".")[0]
+    if package == "aiohttp":
+        return getattr(error, "status", 500) >= 500
+    return package in ("botocore", "aiobotocore") and any(base.__name__ == "HTTPClientError" for base in type(error).__mro__)
+
+
+def _too_much(error: BaseException | None) -> bool:
+    """Whether a storage said that it is asked too much: 503 or 429, S3's SlowDown (EBUSY from s3fs)."""
+    if getattr(error, "errno", None) == errno.EBUSY or getattr(error, "status", None) in (429, 503):
+        return True
+    return isinstance(error, OSError) and any(text in str(error) for text in ("SLOW_DOWN", "HTTP status 503"))  # Arrow's
+
+
+def retried(uri: str, call: Callable[[], T], *, again: Callable[[BaseException], bool] = may_pass) -> T:
+    """What `call` returns; where it raises an error of which `again` says so, it is called anew, ATTEMPTS times in all.
+
+    Where a storage says that it is asked too much, all threads of this process wait. Raises the last error.
+    """
+    import tenacity
+
+    protocol = uri.partition("://")[0] if not is_local(uri) else ""
+
+    def last(state: tenacity.RetryCallState) -> bool:
+        assert state.outcome is not None
+        # A process of Ray comes after its driver, to which the storage has answered.
+        known = not protocol or protocol in _answered or sys.modules.get("ray") is not None
+        gone = isinstance(state.outcome.exception(), FileNotFoundError)
+        return state.attempt_number >= (ATTEMPTS if known and not gone else FEW_ATTEMPTS)
+
+    def slow_down(state: tenacity.RetryCallState) -> None:
+        global _resume_at
+        assert state.outcome is not None
+        assert state.next_action is not None
+        if _too_much(state.outcome.exception()):
+            _resume_at = max(_resume_at, time.monotonic() + state.next_action.sleep)
+
+    def wait(_: tenacity.RetryCallState) -> None:
+        while (left := _resume_at - time.monotonic()) > 0:
+            time.sleep(left * random.uniform(1, 1.5))  # not all at the same moment
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(again),
+        stop=last,
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
+        before=wait,
+        before_sleep=slow_down,
+        reraise=True,
+    )
+    result = retrying(call)
+    _answered.add(protocol)
+    return result
+
+
+def ask(uri: str, call: Callable[[], T]) -> T:
+    """What `call` returns, tried again where it may pass; but on local disks what fails, fails for good."""
+    return call() if is_local(uri) else retried(uri, call)
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole content. Raises DataError if it is absent or cannot be read."""
     filesystem, path = open_storage(uri)
     with storage_errors(uri, "reading"):
-        return filesystem.cat_file(path)
+        return ask(uri, lambda: filesystem.cat_file(path))
 
 
 def write_atomic(uri: str, data: bytes) -> None:
@@ -112,7 +204,7 @@ def write_atomic(uri: str, data: bytes) -> None:
     filesystem, path = open_storage(uri)
     with storage_errors(uri, "writing"):
         if not is_local(uri):
-            filesystem.pipe_file(path, data)
+            ask(uri, lambda: filesystem.pipe_file(path, data))
             return
         with _replacing(path) as file:
             file.write(data)
@@ -163,7 +255,7 @@ def exists(uri: str) -> bool:
     with storage_errors(uri, "looking"):
         filesystem.invalidate_cache(path)
         try:  # not by exists(), which takes any failure for absence in some filesystems
-            filesystem.info(path)
+            ask(uri, lambda: filesystem.info(path))
         except (FileNotFoundError, NotADirectoryError) as error:
             _require_only_absent(error)
             return False
@@ -176,7 +268,7 @@ def list_names(uri: str) -> list[str]:
     with storage_errors(uri, "listing"):
         filesystem.invalidate_cache(path)
         try:
-            found = filesystem.ls(path, detail=False)
+            found = ask(uri, lambda: filesystem.ls(path, detail=False))
         except (FileNotFoundError, NotADirectoryError) as error:
             _require_only_absent(error)
             return []
@@ -190,7 +282,7 @@ def remove(uri: str) -> None:
     with storage_errors(uri, "removing"):
         filesystem.invalidate_cache(path)
         with contextlib.suppress(FileNotFoundError):
-            filesystem.rm(path, recursive=True)
+            ask(uri, lambda: filesystem.rm(path, recursive=True))
 
 
 def upload(local: str, uri: str) -> None:
@@ -201,7 +293,7 @@ def upload(local: str, uri: str) -> None:
             with open(local, "rb") as source, _replacing(path) as file:
                 shutil.copyfileobj(source, file, 2**20)
         else:
-            filesystem.put_file(local, path)
+            ask(uri, lambda: filesystem.put_file(local, path))
 
 
 # A file that several may write ---------------------------------------------------------------------------------------
@@ -228,7 +320,7 @@ def read_versioned(uri: str) -> tuple[bytes | None, str | None]:
             if _is_s3(filesystem):
                 from fsspec.asyn import sync
 
-                return sync(filesystem.loop, _get_object, filesystem, path)
+                return ask(uri, lambda: sync(filesystem.loop, _get_object, filesystem, path))
             filesystem.invalidate_cache(path)
             data = filesystem.cat_file(path)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -261,7 +353,8 @@ def swap(uri: str, data: bytes, *, version: str | None) -> str:
         bucket, key, _ = filesystem.split_path(path)
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
         try:
-            return filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"]
+            put = {"Bucket": bucket, "Key": key, "Body": data} | condition
+            return ask(uri, lambda: filesystem.call_s3("put_object", **put)["ETag"])
         except OSError as error:
             if _without_bucket(error) or _http_status(error) not in (404, 409, 412):
                 raise

@@ -19,7 +19,7 @@ from ssl_ray import errors, plan, shards, views
 from ssl_ray.config import Views
 from ssl_ray.errors import DataError
 from ssl_ray.plan import EpochOrder, Plan
-from ssl_ray.shards import Manifest, Samples
+from ssl_ray.shards import Cache, Manifest, Samples
 
 BLOCK_BYTES = 64 * 2**20
 """Steps share a block up to this size: each block costs about 10 ms of CPU in Ray, however small."""
@@ -62,6 +62,8 @@ class TrainingData:
     selection: Selection
     plan: Plan
     views: Views
+    cache: Cache | None
+    """Where shards are kept on the machines that read them, which changes no batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,16 @@ class Block:
 
 
 def prepare(
-    manifest: Manifest, *, spec: Views, seed: int, fraction: float, balanced: bool, held_out: float, batch: int, lanes: int
+    manifest: Manifest,
+    *,
+    spec: Views,
+    seed: int,
+    fraction: float,
+    balanced: bool,
+    held_out: float,
+    batch: int,
+    lanes: int,
+    cache: Cache | None,
 ) -> TrainingData:
     """Selects the samples and plans the run: one pass over the index (hashes, labels).
 
@@ -141,7 +152,7 @@ def prepare(
         selected += np.bincount(of_chunk, minlength=chunks.num_chunks)
         done += table.num_rows
     made = plan.make_plan(seed=seed, batch=batch, lanes=lanes, steps_per_round=steps_per_round, chunks=chunks, selected=selected)
-    return TrainingData(manifest, selection, made, spec)
+    return TrainingData(manifest, selection, made, spec, cache)
 
 
 def _locate(data: TrainingData, chunks: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -172,7 +183,8 @@ class _Round:
         self.samples = self._read(slice(first_k, None))
 
     def _read(self, steps: slice) -> Samples:
-        return shards.read_samples(self.data.manifest, self.shards[steps].ravel(), self.rows[steps].ravel())
+        where = self.shards[steps].ravel(), self.rows[steps].ravel()
+        return shards.read_samples(self.data.manifest, *where, cache=self.data.cache)
 
     @functools.cached_property
     def _earlier(self) -> Samples:

@@ -1,6 +1,7 @@
 """WebDataset shards at rest: made from images, indexed, checked, and read by ranges."""
 
 from ssl_ray.shards.builtin import located
+from ssl_ray.shards.cache import Cache
 from ssl_ray.shards.check import check, order_note, stats
 from ssl_ray.shards.index import index
 from ssl_ray.shards.manifest import Manifest, bad_digest, bad_samples, index_rows, iter_index, load_manifest
@@ -10,6 +11,7 @@ from ssl_ray.shards.select import balanced_thresholds, held_out, in_fraction
 from ssl_ray.shards.sources import Source, open_source
 
 __all__ = [
+    "Cache",
     "Manifest",
     "Samples",
     "Source",

@@ -277,7 +277,7 @@ def _open_part(manifest: Manifest, part: int) -> pq.ParquetFile:
         filesystem.invalidate_cache(path)  # the size of an earlier index would be taken for this one's
         try:
             # pyarrow asks for exactly the ranges of the row groups, so that nothing need be read ahead
-            file = pq.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True)
+            file = storage.ask(at, lambda: pq.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True))
         except pa.ArrowException as error:
             raise DataError(f"{at}: damaged ({storage.one_line(error)}). {_remake(manifest)}") from error
     counts = manifest.counts[part * manifest.shards_per_part : (part + 1) * manifest.shards_per_part]
@@ -294,7 +294,7 @@ def _read_groups(manifest: Manifest, part: int, groups: range, columns: list[str
     file, at = _open_part(manifest, part), _part_uri(manifest.uri, part)
     with storage.storage_errors(at, "reading the index"), _reading:
         try:
-            return file.read_row_groups(list(groups), columns=columns, use_threads=False)
+            return storage.ask(at, lambda: file.read_row_groups(list(groups), columns=columns, use_threads=False))
         except pa.ArrowException as error:
             raise DataError(f"{at}: damaged ({storage.one_line(error)}). {_remake(manifest)}") from error
 

@@ -4,13 +4,13 @@ A transient failure is tried again and then ends the read; only bytes that are w
 too short, make a sample a problem. A gzip'd shard is read and decompressed whole; the last ones are kept.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gzip
 import hashlib
 import itertools
 import threading
-import time
 import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -20,17 +20,17 @@ import pyarrow as pa
 
 from ssl_ray import storage
 from ssl_ray.errors import DataError
+from ssl_ray.shards import cache as kept
+from ssl_ray.shards.cache import Cache
+from ssl_ray.shards.fetch import Gone, fetch, forget_sizes
 from ssl_ray.shards.manifest import Manifest, index_rows, is_gzip
 
 MERGE_GAP_BYTES = 64 * 2**10
 """Two samples this near are read by one request, with what lies between."""
 REQUEST_BYTES = 8 * 2**20
 """A request is not longer than this, unless one sample is."""
-THREADS = 4
-ATTEMPTS = 5
-"""For a transient failure, 8.5 s in all, after the retries of the storage's own client."""
-ATTEMPTS_GONE = 3
-"""For a shard that is not there: network file systems may see a file late."""
+LOCAL_THREADS = 4
+REMOTE_THREADS = 8
 _GZIP_CACHE_BYTES = 512 * 2**20
 
 
@@ -62,12 +62,38 @@ class _Request:
     sizes: np.ndarray
     crc32: np.ndarray
 
+    @property
+    def start(self) -> int:
+        return int(self.offsets[0])
+
+    @property
+    def stop(self) -> int:
+        return int((self.offsets + self.sizes).max())
+
+    def part(self, which: slice | np.ndarray) -> "_Request":
+        return _Request(self.shard, self.positions[which], self.offsets[which], self.sizes[which], self.crc32[which])
+
+    def requests(self) -> "list[_Request]":
+        """Those that read its samples."""
+        return [self.part(slice(first, stop)) for first, stop in merge_ranges(self.offsets, self.sizes)]
+
+
+@dataclasses.dataclass
+class _Answer:
+    """What became of the samples of a request."""
+
+    found: list[tuple[int, memoryview]] = dataclasses.field(default_factory=list)
+    """Position and image of the good ones."""
+    problems: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Reasons of the others."""
+    requests: int = 0
+    bytes_read: int = 0
+
 
 class _Permanent(Exception):
     """A fault of a shard as a whole that trying again does not mend."""
 
 
-MISSING = "the shard is missing"
 SHORT = "the shard is shorter than its index says"
 CHANGED = "its bytes changed since they were indexed (crc32)"
 
@@ -88,12 +114,14 @@ def merge_ranges(offsets: np.ndarray, sizes: np.ndarray) -> list[tuple[int, int]
     return runs
 
 
-def read_samples(manifest: Manifest, shards: np.ndarray, rows: np.ndarray) -> Samples:
+def read_samples(manifest: Manifest, shards: np.ndarray, rows: np.ndarray, *, cache: Cache | None = None) -> Samples:
     """The samples at (shard, row), int64 [n] each, in any order and number; requests run in a few threads.
 
+    cache: where what is read is kept, and looked for first; shards on local disks are not.
     Raises DataError if the storage keeps failing or forbids reading.
     """
     count = len(shards)
+    local = storage.is_local(manifest.data_uri)
     labels, hashes, keys = np.zeros(count, np.int64), np.zeros(count, np.uint64), [""] * count
     requests: list[_Request] = []
     order = np.lexsort((rows, shards))
@@ -103,154 +131,130 @@ def read_samples(manifest: Manifest, shards: np.ndarray, rows: np.ndarray) -> Sa
         labels[where], hashes[where] = table["label"].to_numpy()[own], table["hash"].to_numpy()[own]
         for position, key in zip(where.tolist(), table["key"].take(pa.array(own)).to_pylist(), strict=True):
             keys[position] = key
-        offsets, sizes, crc32 = (table[name].to_numpy()[own] for name in ("offset", "size", "crc32"))
-        whole = is_gzip(manifest.names[shard].as_py())
-        for first, stop in [(0, len(own))] if whole else merge_ranges(offsets, sizes):
-            some = slice(first, stop)
-            requests.append(_Request(shard, where[some], offsets[some], sizes[some], crc32[some]))
+        everything = _Request(shard, where, *(table[name].to_numpy()[own] for name in ("offset", "size", "crc32")))
+        requests += [everything] if is_gzip(manifest.names[shard].as_py()) else everything.requests()
     images: list[memoryview | None] = [None] * count
     problems: dict[int, str] = {}
     answered = bytes_read = 0
-    read = functools.partial(_read, manifest)
-    with ThreadPoolExecutor(THREADS) as pool:
+    read = functools.partial(_read, manifest, None if local else cache)
+    with ThreadPoolExecutor(LOCAL_THREADS if local else REMOTE_THREADS) as pool:
         # To start a thread for a single request would take as long as to read a hundred small samples.
-        for found, wrong, answers, size in (pool.map if len(requests) > 1 else map)(read, requests):
-            for position, image in found:
+        for answer in (pool.map if len(requests) > 1 else map)(read, requests):
+            for position, image in answer.found:
                 images[position] = image
-            problems |= wrong
-            answered, bytes_read = answered + answers, bytes_read + size
+            problems |= answer.problems
+            answered, bytes_read = answered + answer.requests, bytes_read + answer.bytes_read
     return Samples(images, labels, hashes, keys, dict(sorted(problems.items())), answered, bytes_read)
 
 
-def _read(manifest: Manifest, request: _Request) -> tuple[list[tuple[int, memoryview]], dict[int, str], int, int]:
-    """(position, image) of the good samples, reasons of the others, answers and bytes of the storage."""
-    uri = storage.join(manifest.data_uri, manifest.names[request.shard].as_py())
-    found: list[tuple[int, memoryview]] = []
-    problems: dict[int, str] = {}
-    answers = size = 0
-    todo = request
-    for _ in range(2):  # wrong bytes are read once more: they may have been wrong on the way only
-        problems = {}
-        try:
-            if is_gzip(uri):
-                data, fresh = _fetch_gzip(manifest, uri, int(manifest.sizes[request.shard]))
-                base, length = 0, int(manifest.sizes[request.shard])
-            else:
-                base, fresh = int(todo.offsets[0]), True
-                data = _fetch(uri, base, int((todo.offsets + todo.sizes).max()))
-                length = len(data)
-        except _Permanent as error:
-            return found, dict.fromkeys(todo.positions.tolist(), str(error)), answers, size
-        answers, size = answers + fresh, size + length * fresh
-        view, starts, stops = memoryview(data), todo.offsets - base, todo.offsets - base + todo.sizes
-        images = [view[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-        short = stops > len(data)
-        wrong = short | (np.fromiter(map(zlib.crc32, images), np.uint32, len(images)) != todo.crc32)
-        found += zip(todo.positions[~wrong].tolist(), itertools.compress(images, (~wrong).tolist()), strict=True)
-        if not wrong.any():
-            break
-        problems = {int(todo.positions[i]): SHORT if short[i] else CHANGED for i in np.flatnonzero(wrong)}
-        _forget_gzip(manifest, uri)
-        todo = _Request(todo.shard, todo.positions[wrong], todo.offsets[wrong], todo.sizes[wrong], todo.crc32[wrong])
-    return found, problems, answers, size
+def _read(manifest: Manifest, cache: Cache | None, request: _Request) -> _Answer:
+    name, answer = manifest.names[request.shard].as_py(), _Answer()
+    if cache is None or is_gzip(name):
+        _read_storage(manifest, cache, name, request, answer)
+        return answer
+    data = kept.read(cache, manifest.digest, name, request.start, request.stop)
+    missing = request if data is None else request.part(_verify(request, data, request.start, answer) != "")
+    for part in missing.requests():
+        _read_storage(manifest, cache, name, part, answer)
+    return answer
 
 
-def _fetch(uri: str, start: int, stop: int) -> bytes:
-    """Bytes start to stop, fewer only where the file ends before.
+def _verify(request: _Request, data: bytes, base: int, answer: _Answer) -> np.ndarray:
+    """Adds the samples whose bytes are right to `answer`; str [n]: what is wrong with each, empty where nothing is.
 
-    Raises _Permanent if there is no such file, DataError if it may not be read or keeps failing.
+    data: the shard's bytes from `base` on.
     """
-    filesystem, path = storage.open_storage(uri)
-    for attempt in itertools.count(1):
+    view, starts, stops = memoryview(data), request.offsets - base, request.offsets - base + request.sizes
+    images = [view[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+    changed = np.fromiter(map(zlib.crc32, images), np.uint32, len(images)) != request.crc32
+    wrong = np.where(stops > len(data), SHORT, np.where(changed, CHANGED, ""))
+    good = wrong == ""
+    answer.found += zip(request.positions[good].tolist(), itertools.compress(images, good.tolist()), strict=True)
+    return wrong
+
+
+def _read_storage(manifest: Manifest, cache: Cache | None, name: str, request: _Request, answer: _Answer) -> None:
+    """Adds the samples of a request, or what is wrong with them, to `answer`."""
+    uri, size = storage.join(manifest.data_uri, name), int(manifest.sizes[request.shard])
+    todo, wrong = request, np.array([""])
+    for again in (False, True):  # wrong bytes are read once more: they may have been wrong on the way only
         try:
-            data = b""
-            try:
-                data = filesystem.cat_file(path, start=start, end=stop)
-            except Exception as error:
-                if not _past_end(error):
-                    raise
-            if len(data) == stop - start:
-                return data
-            # Cut off on the way, or by the end of the file? Only the second makes a sample bad.
-            filesystem.invalidate_cache(path)
-            end = filesystem.info(path)["size"]
-            if end == start + len(data) or (not data and end <= start):
-                return data
-            failure: Exception = EOFError(f"{len(data)} bytes came, {stop - start} were asked for")
-        except FileNotFoundError as error:
-            if attempt >= ATTEMPTS_GONE:
-                raise _Permanent(MISSING) from error
-            failure = error
-        except PermissionError as error:
-            raise DataError(f"{uri}: no permission to read it. Check owner or credentials.") from error
-        except (IsADirectoryError, NotADirectoryError) as error:
-            raise DataError(f"{uri}: not a file ({error.strerror}). Put the shard back, or index again.") from error
-        except Exception as error:
-            failure = error
-        if attempt >= ATTEMPTS:
-            reason = f"{type(failure).__name__}: {storage.one_line(failure)}"
-            raise DataError(f"{uri}: reading failed {ATTEMPTS} times ({reason}). Check the storage and the network.") from failure
-        time.sleep(0.1 * 4 ** (attempt - 1))
-    raise AssertionError
-
-
-def _past_end(error: BaseException | None) -> bool:
-    """Whether the storage said that the range begins after the end: HTTP 416, S3 InvalidRange. Never told by a text,
-    which may hold any number (shard-000416.tar)."""
-    while error is not None:
-        if 416 in (getattr(error, name, None) for name in ("status", "code", "status_code")):
-            return True
-        response = getattr(error, "response", None)
-        if isinstance(response, dict) and response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
-            return True
-        error = error.__cause__
-    return False
+            if is_gzip(name):
+                base, (data, came) = 0, _fetch_gzip(manifest, cache, name, size, anew=again)
+            else:
+                base, data = todo.start, fetch(uri, todo.start, todo.stop)
+                came = len(data)
+        except (_Permanent, Gone) as error:
+            answer.problems |= dict.fromkeys(todo.positions.tolist(), str(error))
+            return
+        answer.requests, answer.bytes_read = answer.requests + (came is not None), answer.bytes_read + (came or 0)
+        wrong = _verify(todo, data, base, answer)
+        bad = wrong != ""
+        if cache is not None and not is_gzip(name) and not bad.all():
+            kept.write(cache, manifest.digest, name, base, data)
+        if not bad.any():
+            return
+        todo, wrong = todo.part(bad), wrong[bad]
+        forget_sizes()
+    answer.problems |= dict(zip(todo.positions.tolist(), wrong.tolist(), strict=True))
 
 
 # Shards that are compressed -----------------------------------------------------------------------------------------
 
+_NO_GZIP = (OSError, EOFError, zlib.error)
 _gzips: OrderedDict[tuple[str, str], bytes] = OrderedDict()
 _gzips_lock = threading.Lock()
 
 
-def _fetch_gzip(manifest: Manifest, uri: str, size: int) -> tuple[bytes, bool]:
-    """The decompressed content of a shard of `size` bytes, and whether it was read for this call; the last are kept.
+def _fetch_gzip(manifest: Manifest, cache: Cache | None, name: str, size: int, *, anew: bool) -> tuple[bytes, int | None]:
+    """The decompressed content of a shard of `size` bytes, and how many were read for it, None if it was at hand.
 
-    Raises _Permanent if it is gone or does not decompress, DataError as _fetch does.
+    anew: whatever is at hand is wrong.  Raises Gone, _Permanent if it does not decompress, DataError as fetch does.
     """
-    name = (manifest.digest, uri)
+    at = (manifest.digest, storage.join(manifest.data_uri, name))
     with _gzips_lock:
-        if name in _gzips:
-            _gzips.move_to_end(name)
-            return _gzips[name], False
+        if anew:
+            _gzips.pop(at, None)
+        if at in _gzips:
+            _gzips.move_to_end(at)
+            return _gzips[at], None
+    if cache is not None and not anew and (packed := kept.read(cache, manifest.digest, name, 0, size)) is not None:
+        with contextlib.suppress(*_NO_GZIP):
+            return _keep(at, gzip.decompress(packed)), None
+    packed = fetch(at[1], 0, size)
     try:
-        data = gzip.decompress(_fetch(uri, 0, size))
-    except (OSError, EOFError, zlib.error) as error:
+        data = gzip.decompress(packed)
+    except _NO_GZIP as error:
         raise _Permanent(f"the shard does not decompress ({storage.one_line(error)})") from error
+    if cache is not None:
+        kept.write(cache, manifest.digest, name, 0, packed)
+    return _keep(at, data), len(packed)
+
+
+def _keep(at: tuple[str, str], data: bytes) -> bytes:
     with _gzips_lock:
-        _gzips[name] = data
+        _gzips[at] = data
         while sum(map(len, _gzips.values())) > _GZIP_CACHE_BYTES and len(_gzips) > 1:
             _gzips.popitem(last=False)
-    return data, True
+    return data
 
 
 def forget_kept() -> None:
-    """Makes the next reads of gzip'd shards ask the storage again."""
+    """Makes the next reads ask the storage again: for gzip'd shards, and for the sizes of others."""
     with _gzips_lock:
         _gzips.clear()
-
-
-def _forget_gzip(manifest: Manifest, uri: str) -> None:
-    with _gzips_lock:
-        _gzips.pop((manifest.digest, uri), None)
+    forget_sizes()
 
 
 def shard_digest(uri: str) -> tuple[int, str]:
     """Size and sha256 of a file, read in pieces. Raises DataError."""
-    filesystem, path = storage.open_storage(uri)
     sha256, size = hashlib.sha256(), 0
-    with storage.storage_errors(uri, "reading"), filesystem.open(path, "rb", block_size=2**22) as file:
-        while data := file.read(2**22):
-            sha256.update(data)
-            size += len(data)
-    return size, sha256.hexdigest()
+    while True:
+        try:
+            data = fetch(uri, size, size + REQUEST_BYTES)
+        except Gone as error:
+            raise DataError(f"{uri}: not there (reading). Check the path.") from error
+        sha256.update(data)
+        size += len(data)
+        if len(data) < REQUEST_BYTES:
+            return size, sha256.hexdigest()

@@ -52,6 +52,7 @@ def open_data(config: Config) -> tuple[stream.TrainingData, dict[str, str]]:
     digests = {"data.digest": manifest.digest, "data.excluded": shards.bad_digest(manifest)}
     if config.data.eval_uri is not None:
         digests["data.eval_digest"] = shards.load_manifest(config.data.eval_uri).digest
+    folder = config.data.cache_dir
     data = stream.prepare(
         manifest,
         spec=config.views,
@@ -61,6 +62,7 @@ def open_data(config: Config) -> tuple[stream.TrainingData, dict[str, str]]:
         held_out=config.data.eval_fraction if config.data.eval_uri is None else 0.0,
         batch=config.train.batch,
         lanes=config.train.num_lanes(),
+        cache=None if folder is None else shards.Cache(storage.absolute(folder), config.data.cache_bytes),
     )
     return data, digests
 

@@ -1,8 +1,6 @@
-"""Helpers of the tests of the command line: its results, small images, tars and runs."""
+"""Helpers of the tests of the command line: small images, tars and runs."""
 
-import dataclasses
 import io
-import json
 import tarfile
 from pathlib import Path
 
@@ -21,33 +19,6 @@ SMALL = (
     "train.workers=0",
 )
 """Keys of a run of a second, in this process."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
-    def ok(self) -> "Done":
-        assert self.code == 0, self.err
-        return self
-
-    def refused(self, code: int, *parts: str) -> "Done":
-        """One or two lines on stderr that hold `parts`, nothing on stdout, no traceback."""
-        lines = self.err.splitlines()
-        assert self.code == code, self
-        assert 1 <= len(lines) <= 2, self.err
-        assert lines[0].startswith("ssl-ray"), self.err
-        assert "Traceback" not in self.err, self.err
-        assert self.out == ""
-        for part in parts:
-            assert part in self.err, (part, self.err)
-        return self
 
 
 def png(seed: int, *, label: int) -> bytes:

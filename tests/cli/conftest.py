@@ -1,13 +1,12 @@
-"""The command line in this process, small data to run it on, and a small file system to fill up."""
+"""The command line in this process, and small data to run it on."""
 
 import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_harness import SMALL, Done, pack, write_images
+from cli_harness import SMALL, pack, write_images
+from command import Done
 
 from ssl_ray.cli import main
 
@@ -64,21 +63,3 @@ def trained(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys = (f"data.uri={packed}", f"run={uri}", "checkpoint.every_steps=2")
     assert main(["pretrain", "--json", *SMALL, *keys]) == 0
     return uri
-
-
-@pytest.fixture
-def tmpfs() -> Iterator[Callable[[str], Path]]:
-    """Mounts a file system of its own with the options given, or changes those of the one it mounted."""
-    at = Path(tempfile.mkdtemp(prefix="ssl-ray-test-"))  # not below tmp_path, which pytest could not clear if this were killed
-
-    def mount(options: str) -> Path:
-        remount = "remount," if at.is_mount() else ""
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", remount + options, "tmpfs", at], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-        return at
-
-    yield mount
-    if at.is_mount():
-        subprocess.run(["umount", "--lazy", at], check=True)  # lazy: the index stays open in this process
-    at.rmdir()

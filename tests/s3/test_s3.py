@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from seaweedfs import BUCKET, SECRETS, Server, ssl_ray
+from command import ssl_ray
+from seaweedfs import BUCKET, SECRETS, Server
 
 KEYS = ("views.count=2", "model.projector_dim=16", "train.batch=128", "train.steps=12", "train.digest=true")
 

@@ -29,12 +29,12 @@ class Server:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def environment(self, identity: str = "trainer") -> dict[str, str]:
-        """The standard AWS variables of a client."""
+    def environment(self, identity: str = "trainer", *, endpoint: str | None = None) -> dict[str, str]:
+        """The standard AWS variables of a client; endpoint: that of a proxy."""
         return {
             "AWS_ACCESS_KEY_ID": identity,
             "AWS_SECRET_ACCESS_KEY": SECRETS.get(identity, "wrong-secret-key"),
-            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ENDPOINT_URL": endpoint or self.endpoint,
             "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
@@ -122,22 +122,3 @@ def _free_port() -> int:
             port = one.getsockname()[1]
             other.bind(("127.0.0.1", port + 10000))
             return port
-
-
-@dataclasses.dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    def ok(self) -> "Done":
-        assert self.code == 0, self.err
-        return self
-
-
-def ssl_ray(environment: dict[str, str], *arguments: str) -> Done:
-    """The command line in a process of its own, with the variables given."""
-    command = [sys.executable, "-m", "ssl_ray", *arguments]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | environment
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    return Done(done.returncode, done.stdout, done.stderr)
