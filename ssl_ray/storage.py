@@ -32,6 +32,7 @@ STALL_S = 10
 ATTEMPTS = 8
 """For what fails in a way that may pass, beside the retries of the storage's own client. The pauses between them, drawn up to .5,
 1, 2, ... 20 s, take half a minute on average, 52 s at most; each attempt ends by the timeouts above."""
+FIRST_PAUSE_S = 0.5
 FEW_ATTEMPTS = 3
 """Before a storage answered this process for the first time, since a wrong endpoint is to be told soon; and for a file that is
 not there, where that is no answer: network file systems may see a file late."""
@@ -177,7 +178,7 @@ def retried(uri: str, call: Callable[[], T], *, again: Callable[[BaseException],
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(again),
         stop=last,
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
+        wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE_S, max=20),
         before=wait,
         before_sleep=slow_down,
         reraise=True,

@@ -62,6 +62,7 @@ class Proxy:
         self.log: list[Request] = []
         self.choose = choose or self._first_rule
         self.port = 0
+        self._answering: set[asyncio.Task] = set()
 
     @property
     def endpoint(self) -> str:
@@ -80,6 +81,10 @@ class Proxy:
         return None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._answering.add(task)  # or it might be collected
+        task.add_done_callback(self._answering.discard)
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):  # the last: at the end
             head = await reader.readuntil(b"\r\n\r\n")
             first, _, rest = head.partition(b"\r\n")
@@ -171,7 +176,7 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 def serve(host: str, port: int) -> Iterator[Proxy]:
     """A proxy in a thread of this process, without faults until it gets rules."""
     made, loop = Proxy(host, port), asyncio.new_event_loop()
-    loop.run_until_complete(made.start())
+    listening = loop.run_until_complete(made.start())
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
@@ -179,11 +184,17 @@ def serve(host: str, port: int) -> Iterator[Proxy]:
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0.01))
-        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(_end(listening))
         loop.close()
+
+
+async def _end(listening: asyncio.Server) -> None:
+    listening.close()
+    unfinished = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in unfinished:
+        task.cancel()
+    await asyncio.gather(*unfinished, return_exceptions=True)
+    await asyncio.sleep(0)  # connections close a turn later
 
 
 def random_faults(seed: int, rate: float) -> Callable[[str], Rule | None]:

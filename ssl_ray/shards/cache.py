@@ -35,7 +35,7 @@ class Cache:
     max_bytes: int
 
 
-_lock = threading.Lock()
+_lock, _full = threading.Lock(), threading.Lock()
 _since_look: dict[str, int] = {}
 """Bytes that this process wrote to a folder since it looked how much there is."""
 _unusable: set[str] = set()
@@ -71,9 +71,9 @@ def write(cache: Cache, digest: str, shard: str, start: int, data: bytes) -> Non
         try:
             _write(path, start, data)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not _make_room(cache, full=True):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            _write(path, start, data)
+            _write_on_full_disk(cache, path, start, data)
     except OSError as error:
         with _lock:
             if cache.folder not in _unusable:
@@ -87,6 +87,19 @@ def write(cache: Cache, digest: str, shard: str, start: int, data: bytes) -> Non
             _since_look[cache.folder] = 0
     if look:
         _make_room(cache, full=False)
+
+
+def _write_on_full_disk(cache: Cache, path: str, start: int, data: bytes) -> None:
+    """Raises OSError if making room does not help: others may have filled the disk, or take what is freed."""
+    with _full:
+        for last in (False, False, True):
+            if not _make_room(cache, full=True):
+                last = True
+            try:
+                return _write(path, start, data)
+            except OSError as error:
+                if last or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
 
 
 def _write(path: str, start: int, data: bytes) -> None:

@@ -210,6 +210,6 @@ def test_a_failure_on_the_way_is_tried_again_and_makes_no_sample_bad(flaky, faul
 
 def test_a_storage_that_keeps_failing_ends_the_read_and_makes_no_sample_bad(flaky, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    Flaky.faults[:] = [no_answer] * 5
-    with pytest.raises(DataError, match=r"x\.tar: reading failed 5 times \(TimeoutError: no answer\)"):
+    Flaky.faults[:] = [no_answer] * 8
+    with pytest.raises(DataError, match=r"x\.tar: reading failed 8 times \(TimeoutError: no answer\)"):
         read(flaky[0], [(0, 0)])
