@@ -145,7 +145,8 @@ def _too_much(error: BaseException | None) -> bool:
     """Whether a storage said that it is asked too much: 503 or 429, S3's SlowDown (EBUSY from s3fs)."""
     if getattr(error, "errno", None) == errno.EBUSY or getattr(error, "status", None) in (429, 503):
         return True
-    return isinstance(error, OSError) and any(text in str(error) for text in ("SLOW_DOWN", "HTTP status 503"))  # Arrow's
+    arrow = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "THROTTLING", "HTTP status 503", "HTTP status 429")
+    return isinstance(error, OSError) and any(text in str(error) for text in arrow)
 
 
 def retried(uri: str, call: Callable[[], T], *, again: Callable[[BaseException], bool] = may_pass) -> T:

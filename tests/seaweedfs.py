@@ -64,7 +64,8 @@ class Server:
             for name, actions in _ACTIONS.items()
         ]
         (self.folder / "s3.json").write_text(json.dumps({"identities": identities}))
-        ports = {f"-{name}.port": _free_port() for name in ("master", "volume", "filer", "admin")}
+        names = ("-master.port", "-volume.port", "-filer.port", "-admin.port")
+        ports = dict(zip(names, _free_ports(len(names), beside=self.port), strict=True))
         command = [
             weed,
             "mini",
@@ -106,7 +107,7 @@ class Server:
 
 @contextlib.contextmanager
 def serve(folder: Path) -> Iterator[Server]:
-    server = Server(folder, _free_port())
+    server = Server(folder, _free_ports(1)[0])
     server.start()
     try:
         yield server
@@ -114,11 +115,14 @@ def serve(folder: Path) -> Iterator[Server]:
         server.stop()
 
 
-def _free_port() -> int:
-    """One whose ten-thousandth neighbour, which SeaweedFS takes for gRPC, is free too."""
-    while True:
+def _free_ports(count: int, beside: int = 0) -> list[int]:
+    """Ports whose ten-thousandth neighbours, which SeaweedFS takes for gRPC, are free too and none of them."""
+    found: list[int] = []
+    while len(found) < count:
         with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError, OverflowError):
             one.bind(("127.0.0.1", 0))
             port = one.getsockname()[1]
             other.bind(("127.0.0.1", port + 10000))
-            return port
+            if all(abs(port - taken) not in (0, 10000) for taken in [beside, *found]):
+                found.append(port)
+    return found
