@@ -149,7 +149,7 @@ def _open(uri: str, credentials: Any) -> Any:
             filesystem, base = (_s3(root, credentials), root) if protocol == "s3" else _from_uri(f"{protocol}://{root}")
     except (ValueError, NotImplementedError) as error:  # Arrow's ArrowInvalid is a ValueError
         raise UsageError(f"{uri}: {storage.one_line(error)}. Check the URI.") from error
-    return filesystem.open_input_file(base + path[len(root) :])
+    return filesystem.open_input_file(base.rstrip("/") + path[len(root) :])
 
 
 @functools.lru_cache(maxsize=8)
