@@ -17,7 +17,7 @@ import typing
 from types import NoneType
 from typing import Any, Literal
 
-from ssl_ray.errors import UsageError
+from ssl_ray.errors import UsageError, without_secrets
 
 MAX_LANES = 64
 
@@ -131,9 +131,9 @@ class Model:
     """Batch statistics over all workers (any worker count gives the same run) or over each worker's share alone."""
 
     def __post_init__(self) -> None:
-        _check(self.projector_dim >= 2, "model.projector_dim", self.projector_dim, "2 or more")
+        _check(2 <= self.projector_dim <= 2**16, "model.projector_dim", self.projector_dim, f"2 to {2**16}")
         width = self.projector_width
-        _check(width is None or width >= 1, "model.projector_width", width, "1 or more, or null")
+        _check(width is None or 1 <= width <= 2**16, "model.projector_width", width, f"1 to {2**16}, or null")
         _check(1 <= self.projector_depth <= 8, "model.projector_depth", self.projector_depth, "1 to 8")
 
 
@@ -198,15 +198,15 @@ class Train:
     """Add a digest of the views to each step's record."""
 
     def __post_init__(self) -> None:
-        _check(self.batch >= 2, "train.batch", self.batch, "2 or more")
+        _check(2 <= self.batch <= 2**24, "train.batch", self.batch, f"2 to {2**24}")
         _check(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
         _check(self.steps is None or self.steps >= 1, "train.steps", self.steps, "1 or more, or null")
-        _check(self.threads >= 1, "train.threads", self.threads, "1 or more")
+        _check(1 <= self.threads <= 1024, "train.threads", self.threads, "1 to 1024")
         _check(self.workers >= 0, "train.workers", self.workers, "0 or more")
         if self.lanes is not None:
             ok = self.lanes >= 1 and self.batch % self.lanes == 0
-            divisors = [n for n in range(1, self.batch + 1) if self.batch % n == 0]
-            nearest = min(divisors, key=lambda n: abs(n - (self.lanes or 0)))
+            divisors = [n for n in range(1, math.isqrt(self.batch) + 1) if self.batch % n == 0]
+            nearest = min([*divisors, *(self.batch // n for n in divisors)], key=lambda n: abs(n - (self.lanes or 0)))
             _check(ok, "train.lanes", self.lanes, f"a divisor of train.batch={self.batch}, for example {nearest}")
         if self.workers > self.num_lanes():
             raise UsageError(
@@ -264,6 +264,10 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
+        places = {"run": self.run, "data.uri": self.data.uri, "data.eval_uri": self.data.eval_uri}
+        for key, uri in (places | {"train.init_from": self.train.init_from}).items():  # they are kept in run.json, and logged
+            safe = without_secrets(uri or "")
+            _check(safe == (uri or ""), key, safe, "no password or signature in it: environment and AWS files have them")
         if self.loss.form == "classic" and self.loss.name == "barlow_twins" and self.views.count != 2:
             raise UsageError(
                 f"loss.form: classic compares two views, but views.count is {self.views.count}. "

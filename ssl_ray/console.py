@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ssl_ray.errors import in_line, shown
+
 LINE_EVERY_S = 15.0
 """Seconds between two progress lines where there is no terminal."""
 
@@ -26,11 +28,11 @@ def stdout_for_the_result() -> Iterator[None]:
 
 
 def error(message: str) -> None:
-    print(f"ssl-ray: {message}", file=sys.stderr)
+    print(f"ssl-ray: {shown(message)}", file=sys.stderr)
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(shown(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -70,8 +72,8 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, dict[str, Any]], None]]:
     if quiet:
         yield lambda kind, value: None
     elif sys.stderr.isatty():
-        with _live() as shown:
-            yield shown
+        with _live() as show:
+            yield show
     else:
         yield _lines()
 
@@ -145,13 +147,13 @@ def _live() -> Iterator[Callable[[str, dict[str, Any]], None]]:
         def show(kind: str, value: dict[str, Any]) -> None:
             match kind:
                 case "start":
-                    bar.console.print(_start_line(value), highlight=False)
+                    bar.console.print(shown(_start_line(value)), highlight=False, markup=False)
                     bar.update(task, total=value["total_steps"], completed=value["step"])
                 case "stage":
                     what, _, more = value["text"].partition(": ")
                     if more:
-                        bar.console.print(value["text"], highlight=False)
-                    bar.update(task, description=what)
+                        bar.console.print(shown(value["text"]), highlight=False, markup=False)
+                    bar.update(task, description=shown(what))
                 case "evaluation":
                     bar.console.print(_evaluation_line(value), highlight=False)
                 case "step":
@@ -168,7 +170,7 @@ def _live() -> Iterator[Callable[[str, dict[str, Any]], None]]:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "-" if value is None else str(value)
+    return "-" if value is None else in_line(str(value))
 
 
 def record(values: dict[str, Any]) -> None:
@@ -237,11 +239,11 @@ def evaluation(values: dict[str, Any]) -> None:
 
 def check(report: dict[str, Any]) -> None:
     for bad in report["bad_shards"]:
-        print(f"bad shard   {bad['shard']}: {bad['reason']}")
+        print(in_line(f"bad shard   {bad['shard']}: {bad['reason']}"))
     for bad in report["bad_samples"]:
-        print(f"bad sample  {bad['shard']} {bad['key']}: {bad['reason']}")
+        print(in_line(f"bad sample  {bad['shard']} {bad['key']}: {bad['reason']}"))
     for note in report["notes"]:
-        print(note)
+        print(in_line(note))
     counts = f"{report['shards']} shards, {report['samples']} samples"
     if report["ok"]:
         print(f"{counts}: all good")
@@ -311,7 +313,7 @@ def summary(values: dict[str, Any]) -> None:
             print(f"{name:8}{before:>10.1%}{after:>10.1%}{100 * (after - before):>+7.1f} points")
     else:
         print("\nno linear and kNN read-outs: the images have no labels")
-    print(f"\nResults: {values['run']} (summary.json, metrics/, evaluations/, checkpoints/)")
+    print(f"\nResults: {in_line(values['run'])} (summary.json, metrics/, evaluations/, checkpoints/)")
 
 
 _END = (

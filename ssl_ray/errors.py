@@ -8,8 +8,49 @@ SslRayError             exit code 1
   TrainingError         1   NaN, inf or a collapsed embedding
   Stopped               130 stopped by a signal, with a checkpoint
 
-The one argument of each is its message, so that they survive the pickling between Ray processes.
+The one argument of each is its message, so that they survive the pickling between Ray processes.  A message may hold names and
+texts of others: whoever prints it prints `shown(message)`.
 """
+
+import os
+import re
+
+MAX_LINES, MAX_LINE = 3, 1000
+"""Of a message as it is printed; the head and the end of a longer line stay."""
+_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
+_SECRET_PARAMETER = re.compile(
+    r"(?<=[?&;])((?:x-(?:amz|goog)-)?(?:signature|credential|security-token)|awsaccesskeyid|sig|(?:access_?)?token|secret|password)"
+    r"=[^&;\s'\"]*",
+    re.IGNORECASE,
+)
+_SECRET_VARIABLE = re.compile(r"(SECRET|TOKEN|PASSWORD|ACCOUNT_KEY)(?!.*_(PATH|FILE|URI|URL|MODE)(_|$))")
+_LEAST_SECRET = 8
+"""A shorter value of such a variable, as `true`, is no secret, and may be part of any word."""
+
+
+def without_secrets(text: str) -> str:
+    """`text` with *** for users and passwords in URIs, signatures and tokens in their queries, and secrets of the environment."""
+    text = _SECRET_PARAMETER.sub(r"\1=***", _USER_INFO.sub("***@", text))
+    for name, value in os.environ.items():
+        if len(value) >= _LEAST_SECRET and value in text and _SECRET_VARIABLE.search(name):
+            text = text.replace(value, "***")
+    return text
+
+
+def shown(text: str) -> str:
+    """`text` as a terminal or a log may have it: without secrets or control characters, at most MAX_LINES lines of MAX_LINE."""
+    lines = text.split("\n", MAX_LINES - 1)
+    return "\n".join(_shortened(in_line(line)) for line in lines)
+
+
+def in_line(text: str) -> str:
+    """`text` whole in one line: what may command a terminal or turn the direction of text is written as Python writes it."""
+    line = without_secrets(text)
+    return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-(MAX_LINE // 2 - 5) :]}"
 
 
 class SslRayError(Exception):
