@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 
 from ssl_ray import __version__, config, console, storage
 from ssl_ray.config import Config
-from ssl_ray.errors import DataError, SslRayError, Stopped, UsageError
+from ssl_ray.errors import DataError, SslRayError, Stopped, UsageError, shown
 
 RECIPES = Path(__file__).parent / "recipes"
+MAX_RECIPE = 2**20
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,15 +72,27 @@ def _read_recipe(name: str) -> dict[str, Any]:
         from ssl_ray.train.runs import load_run
 
         return load_run(name)["config"] | {"run": name}
-    if not path.exists():
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as error:  # longer than a name can be, or with a zero byte
+        raise UsageError(f"{name}: no such recipe, file or run ({storage.one_line(error)}).") from error
+    if not there:
         near = difflib.get_close_matches(name, recipe_names(), n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Recipes: {', '.join(recipe_names())}."
         raise UsageError(f"{name}: no such recipe, file or run. {hint}")
     try:
-        values = yaml.safe_load(path.read_text())
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_RECIPE + 1)
+        if len(text) > MAX_RECIPE:
+            raise UsageError(f"{path}: no recipe, it has more than {MAX_RECIPE} characters.")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few lines of them can mean gigabytes
+            raise UsageError(f"{path}: YAML's aliases (*name) are not read. Write the value where it is needed.")
+        values = yaml.safe_load(text)
+    except SslRayError:
+        raise
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # of PyYAML: YAMLError, ValueError, LookupError, AttributeError, RecursionError, ...
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or storage.one_line(error)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise UsageError(f"{path}: not YAML ({where}{problem}).") from error
@@ -261,7 +274,7 @@ class _Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(given.strip("'"), re.findall(r"[\w-]+", known), n=1)
         if near:
             message = f"no verb {given}, did you mean {near[0]}?"
-        self.exit(UsageError.exit_code, f"{self.prog}: {message}\nRun `{self.prog} --help` for what there is.\n")
+        self.exit(UsageError.exit_code, f"{self.prog}: {shown(message)}\nRun `{self.prog} --help` for what there is.\n")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
