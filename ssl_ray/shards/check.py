@@ -103,6 +103,8 @@ def _decode_problem(data: memoryview | None, decode: Callable[[memoryview], obje
     try:
         if data is not None:
             decode(data)
+    except SslRayError:  # of this machine, not of the image
+        raise
     except UnidentifiedImageError:  # its own words hold an address in memory
         return f"cannot be decoded: no {', '.join(FORMATS)}"
     except Exception as error:  # Pillow raises many kinds for broken files
@@ -168,7 +170,7 @@ def _image_sizes(manifest: Manifest, *, count: int = 200) -> str:
 
 def _size_px(data: memoryview) -> tuple[int, int] | None:
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.size
     except Exception:  # as in _decode_problem; `check` tells of it
         return None

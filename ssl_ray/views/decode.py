@@ -23,9 +23,13 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from ssl_ray.errors import ResourceError
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 2**27
-"""A larger image is refused: its header may be a lie that would fill the memory. Below Pillow's own limit (about 1.8e8)."""
+"""A larger image is refused before memory is taken for it: its header may be a lie. One as large takes up to 1.3 GB."""
+MAX_SCANS = 100
+"""A JPEG with more is refused, each being a pass over all pixels: a few kB would keep a core busy for hours. Usual are ten."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,6 +40,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes an image upright that was stored in this EXIF orientation."""
+_SCAN = b"\xff\xda"
+"""The marker of a scan of a JPEG; other such bytes of its data have a zero between them."""
 
 
 class UndecodableImage(ValueError):
@@ -43,7 +49,8 @@ class UndecodableImage(ValueError):
 
 
 def decode(data: bytes | memoryview, *, channels: int, least_pixels: int | None = None) -> np.ndarray:
-    """uint8 [C, H, W] of an encoded image, C = `channels`, 1 or 3. Raises UndecodableImage. Safe in threads.
+    """uint8 [C, H, W] of an encoded image, C = `channels`, 1 or 3. Raises UndecodableImage, or ResourceError if the memory
+    does not suffice. Safe in threads.
 
     least_pixels: a JPEG comes at 1/2, 1/4 or 1/8 of its sides, the smallest that leaves H W so large; None: as it is.
     The colours of a pixel lie together in memory, as decoders have them: that is what the views' kernel likes best, and
@@ -81,7 +88,10 @@ def decode_many(
 def _decode_fast(data: bytes | memoryview, *, channels: int, least_pixels: int | None) -> np.ndarray | None:
     """The pixels of common files in a fraction of Pillow's time, the same as Pillow's, or None: then Pillow decides."""
     if data[:2] == b"\xff\xd8":
-        return _decode_jpeg(bytes(data), channels=channels, least_pixels=least_pixels)
+        data = bytes(data)
+        if data.count(_SCAN) > MAX_SCANS:
+            raise UndecodableImage(f"a JPEG of {data.count(_SCAN)} scans, more than {MAX_SCANS}")
+        return _decode_jpeg(data, channels=channels, least_pixels=least_pixels)
     if data[:4] == b"\x89PNG":
         from ssl_ray.views.png import decode_png  # here, since numba takes .3 s to import
 
@@ -114,14 +124,14 @@ def _decode_jpeg(data: bytes, *, channels: int, least_pixels: int | None) -> np.
 def _decode_any(data: bytes | memoryview, *, channels: int) -> np.ndarray:
     try:
         with _strict_pillow(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UndecodableImage(f"{image.width}x{image.height} px are more than {MAX_PIXELS} pixels")
             image.load()
             orientation = _orientation(image)
             upright = image if orientation is None else image.transpose(orientation)
             return np.asarray(_eight_bit(upright, "L" if channels == 1 else "RGB"))
-    except UndecodableImage:
-        raise
+    except MemoryError as error:  # the image may be good
+        raise ResourceError(
+            f"no memory to decode an image of {len(data)} bytes. Fewer processes at a time, or more memory."
+        ) from error
     except UnidentifiedImageError as error:  # its own words hold an address in memory
         raise UndecodableImage(f"cannot be decoded: no {', '.join(FORMATS)} in its {len(data)} bytes") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
@@ -136,9 +146,9 @@ _outside = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Pillow neither warns nor accepts truncated files.
+    """Pillow neither warns nor accepts truncated files, and has our limit of pixels.
 
-    Both are settings of the process: the first thread to come in changes them and the last to leave puts them back. Each
+    These are settings of the process: the first thread to come in changes them and the last to leave puts them back. Each
     thread for itself would put back what another had set, and leave it so for ever.
     """
     global _inside
@@ -148,6 +158,8 @@ def _strict_pillow() -> Iterator[None]:
             warnings.simplefilter("ignore")
             _outside.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
             ImageFile.LOAD_TRUNCATED_IMAGES = False
+            _outside.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # it warns from there on, and refuses from twice that
         _inside += 1
     try:
         yield
