@@ -50,10 +50,11 @@ def is_local(uri: str) -> bool:
 def absolute(uri: str) -> str:
     """`uri` with a local path made absolute, so that it means the same in every process; ~ is the home.
 
-    Raises UsageError if empty.
+    Raises UsageError if empty, or if no path can be so.
     """
-    if not uri:
-        raise UsageError("an empty path was given, expected a folder or a URI such as s3://bucket/name.")
+    if not uri or "\0" in uri:
+        given = f"the path {uri!r}" if uri else "an empty path"
+        raise UsageError(f"{given} was given, expected a folder or a URI such as s3://bucket/name.")
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://"))) if is_local(uri) else uri.rstrip("/")
 
 

@@ -26,6 +26,8 @@ from ssl_ray.errors import DataError
 from ssl_ray.shards.manifest import (
     INDEX_SCHEMA,
     MANIFEST_SCHEMA,
+    MAX_MEMBER,
+    MAX_UNPACKED,
     IndexWriter,
     Manifest,
     is_gzip,
@@ -43,6 +45,10 @@ MAX_CLASS_NAME = 64
 """Longer text is a caption, not a class."""
 MAX_LABEL = 999_999
 """Larger numbers are ids, not classes; the manifest holds a count for each class up to the largest."""
+MAX_NAME = 1024
+"""Characters of a member's name or a class's, as of a key in S3."""
+_HEADERS = 2**20
+"""Bytes of headers before a member: a longer name, sparse map or the like is no name, but fills the memory."""
 THREADS = 4
 _TAIL = 2**16
 
@@ -63,14 +69,25 @@ class _Hashing:
 
 
 class _Tail:
-    """A stream that keeps its last bytes: tarfile reads up to one record (10 KiB) beyond the end of the archive."""
+    """A stream that keeps its last bytes: tarfile reads up to one record (10 KiB) beyond the end of the archive.
 
-    def __init__(self, file: Any):
+    It ends with an error beyond `limit`, and where tarfile skips on and on after the end, as a header of 2^60 bytes asks for.
+    """
+
+    def __init__(self, file: Any, *, most: int | None):
         self.file, self.size, self.last = file, 0, b""
+        self.most, self.ended = most, False
+        self.limit: float = _HEADERS
 
     def read(self, size: int = -1) -> bytes:
+        if self.ended:
+            raise EOFError("it ends within a member")
         data = self.file.read(size)
-        self.size += len(data)
+        self.size, self.ended = self.size + len(data), not data
+        if self.most is not None and self.size > self.most:
+            raise tarfile.ReadError(f"more than {self.most} bytes when decompressed: repack it in smaller shards")
+        if self.size > self.limit:
+            raise tarfile.ReadError(f"headers of more than {_HEADERS} bytes")
         self.last = data if len(data) >= _TAIL else (self.last + data)[-_TAIL:]
         return data
 
@@ -90,6 +107,9 @@ class ShardIndex:
 def shard_names(uri: str) -> list[str]:
     """Names of the shards directly below `uri`, sorted. Raises DataError if there are none."""
     names = [name for name in storage.list_names(uri) if name.endswith(SUFFIXES)]
+    for name in names:
+        if not is_text(name):
+            raise DataError(f"{uri}: the name of {name!r} is not UTF-8. Rename it.")
     if not names:
         raise DataError(f"{uri}: no shards here (*.tar, *.tgz, *.tar.gz). Give the folder that holds them.")
     return names
@@ -107,6 +127,13 @@ def _members(stream: _Tail, where: str) -> Iterator[tuple[str, str, int, bytes]]
     try:
         tar: Any = tarfile.open(fileobj=stream, mode="r|")  # type: ignore[call-overload]  # noqa: SIM115
         for member in tar:
+            stream.limit = tar.offset + _HEADERS
+            tar.members = []  # else they pile up
+            if len(member.name) > MAX_NAME:
+                raise DataError(
+                    f"{where}: the name {member.name[:40]!r}... has {len(member.name)} characters, expected at most {MAX_NAME}. "
+                    "Write the shard again with shorter names."
+                )
             fits = _NAME.match(member.name)
             if fits is None or member.isdir():
                 continue
@@ -117,17 +144,24 @@ def _members(stream: _Tail, where: str) -> Iterator[tuple[str, str, int, bytes]]
                     f"{where}: {member.name} is a link or a sparse file, which holds no bytes to read. "
                     "Make the tar again with --hard-dereference and --dereference, without --sparse."
                 )
+            if wanted and not 0 <= member.size <= MAX_MEMBER:
+                raise DataError(
+                    f"{where}: {member.name} has {member.size} bytes, expected at most {MAX_MEMBER}. "
+                    "Leave it out, or write the shard again with a smaller image."
+                )
             data = tar.extractfile(member).read() if wanted else b""
             if wanted and len(data) != member.size:
                 raise DataError(f"{where}: truncated inside {member.name}. Copy the shard again from its source.")
             yield key, extension, member.offset_data, data
-            tar.members = []  # else they pile up
         end = tar.offset
+        stream.limit = float("inf")
         # tarfile takes a broken header, or none, after the first for the end: only zeros are the end.
         clean = not stream.last[max(0, len(stream.last) - (stream.size - end)) :].strip(b"\0")
-        while clean and (more := stream.read(2**20)):
-            clean = not more.strip(b"\0")
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        while clean and not stream.ended:
+            clean = not stream.read(2**20).strip(b"\0")
+    # Of damaged headers tarfile raises many kinds.
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, LookupError, TypeError, ArithmeticError,
+            AttributeError, RecursionError) as error:  # fmt: skip
         reason = storage.one_line(error)
         raise DataError(f"{where}: truncated or not a tar ({reason}). Copy the shard again from its source.") from error
     if stream.size - end < tarfile.BLOCKSIZE or not clean:
@@ -141,7 +175,8 @@ def index_shard(file: BinaryIO, name: str, *, where: str) -> ShardIndex:
     twice with the same extension, or a label that is no label; each names shard and key.
     """
     outer = _Hashing(file)
-    stream = _Tail(gzip.GzipFile(fileobj=outer, mode="rb") if is_gzip(name) else outer)  # type: ignore[call-overload]
+    inner = gzip.GzipFile(fileobj=outer, mode="rb") if is_gzip(name) else outer  # type: ignore[call-overload]
+    stream = _Tail(inner, most=MAX_UNPACKED if is_gzip(name) else None)
     columns: dict[str, list[Any]] = {field: [] for field in ("key", "offset", "size", "hash", "crc32")}
     labels: list[int | str | None] = []
     without_image = 0
@@ -203,7 +238,7 @@ def _label(parts: dict[str, tuple[int, bytes]], where: str) -> int | str | None:
     elif "json" in parts:
         try:
             value = json.loads(parts["json"][1])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: .json is not JSON ({error}). Write the shard again.") from error
         value = value.get("label") if isinstance(value, dict) else None
         if value is None or isinstance(value, bool) or not isinstance(value, int | str):
@@ -216,6 +251,8 @@ def _label(parts: dict[str, tuple[int, bytes]], where: str) -> int | str | None:
     else:
         return None
     if not _INTEGER.fullmatch(text):
+        if len(text) > MAX_NAME or not is_text(text):
+            raise DataError(f"{where}: the class {text[:40]!r}... is no text of at most {MAX_NAME} characters. Write it again.")
         return text
     if len(text) > 20 or not 0 <= int(text) <= MAX_LABEL:
         raise DataError(f"{where}: label out of range: got {text[:40]}, expected 0 to {MAX_LABEL}. Number the classes.")

@@ -19,9 +19,11 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ssl_ray import storage
@@ -31,6 +33,11 @@ FORMAT_VERSION = 1
 SHARDS_PER_PART = 1024
 GROUP_ROWS = 8192
 ROWS_AT_ONCE = 2**18
+MAX_SHARDS = 2**24
+MAX_MEMBER = 2**28
+"""Bytes of an image or a label as stored; one that says more is refused before it is read."""
+MAX_UNPACKED = 2**31
+"""Bytes of a gzip'd shard when decompressed: it is held in memory whole."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -113,12 +120,32 @@ def write_manifest(
     storage.write_atomic(storage.join(uri, "manifest.parquet"), sink.getvalue())
 
 
-def _read_parquet(uri: str, remedy: str) -> pa.Table:
+_DAMAGED = (pa.ArrowException, OSError, ValueError)
+"""What pyarrow raises for a file that is damaged."""
+
+
+def _open_parquet(uri: str, remedy: str) -> pq.ParquetFile:
     data = storage.read_bytes(uri)
     try:
-        return pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError) as error:
+        return pq.ParquetFile(io.BytesIO(data))
+    except _DAMAGED as error:
         raise DataError(f"{uri}: not a readable Parquet file ({storage.one_line(error)}). {remedy}") from error
+
+
+def _read_table(file: pq.ParquetFile, schema: pa.Schema, *, uri: str, remedy: str, nulls: tuple[str, ...] = ()) -> pa.Table:
+    """A table of MAX_SHARDS rows at most, with the columns of `schema`, values in all but those named in `nulls`."""
+    rows, got = file.metadata.num_rows, file.schema_arrow
+    if rows > MAX_SHARDS or not got.equals(schema):
+        columns, expected = (", ".join(f"{field.name} {field.type}" for field in one) for one in (got, schema))
+        raise DataError(f"{uri}: has {rows} rows of {columns[:200]}, expected at most {MAX_SHARDS} of {expected}. {remedy}")
+    try:
+        table = file.read()
+        table.validate(full=True)
+    except _DAMAGED as error:
+        raise DataError(f"{uri}: damaged ({storage.one_line(error)}). {remedy}") from error
+    if any(table[name].null_count for name in schema.names if name not in nulls):
+        raise DataError(f"{uri}: damaged: values are missing. {remedy}")
+    return table
 
 
 _DIGESTED_AT_ONCE = 2**14
@@ -145,16 +172,22 @@ def load_manifest(uri: str) -> Manifest:
     remake = f"Make it again with: ssl-ray data index {uri}"
     if not storage.exists(at):
         raise DataError(f"{uri}: no manifest.parquet here. Make one with: ssl-ray data index {uri}")
-    table = _read_parquet(at, remake)
+    file = _open_parquet(at, remake)
     try:
-        about = json.loads((table.schema.metadata or {}).get(b"ssl_ray", b"{}"))
-    except ValueError as error:
+        about = json.loads((file.schema_arrow.metadata or {}).get(b"ssl_ray", b"{}"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{at}: its metadata is damaged ({error}). {remake}") from error
-    if about.get("format_version") != FORMAT_VERSION or table.schema.names != MANIFEST_SCHEMA.names:
-        got = about.get("format_version")
-        raise DataError(f"{at}: format_version is {got}, this ssl_ray reads {FORMAT_VERSION}. {remake}")
-    if about.get("num_samples", table["count"].to_numpy().sum()) != table["count"].to_numpy().sum():
-        raise DataError(f"{at}: num_samples is {about['num_samples']}, its shards have another sum. {remake}")
+    got = about.get("format_version") if isinstance(about, dict) else about
+    if got != FORMAT_VERSION:
+        raise DataError(f"{at}: format_version is {str(got)[:40]}, this ssl_ray reads {FORMAT_VERSION}. {remake}")
+    table = _read_table(file, MANIFEST_SCHEMA, uri=at, remedy=remake, nulls=("sha256",))
+    total = int(table["count"].to_numpy().sum())
+    about = {"num_samples": total, "without_image": 0, "shuffled": False, "shards_per_part": SHARDS_PER_PART} | about
+    wrong = _wrong_shards(table) or _wrong_about(about)
+    if wrong is not None:
+        raise DataError(f"{at}: damaged: {wrong}. {remake}")
+    if about["num_samples"] != total:
+        raise DataError(f"{at}: num_samples is {about['num_samples']}, its shards have {total}. {remake}")
     return Manifest(
         uri=uri,
         data_uri=about["data_uri"] or uri,
@@ -166,10 +199,45 @@ def load_manifest(uri: str) -> Manifest:
         class_counts=None if about["class_counts"] is None else tuple(about["class_counts"]),
         mean_bytes=about["mean_bytes"],
         digest=_digest(about, table),
-        shuffled=about.get("shuffled", False),
-        without_image=about.get("without_image", 0),
-        shards_per_part=about.get("shards_per_part", SHARDS_PER_PART),
+        shuffled=about["shuffled"],
+        without_image=about["without_image"],
+        shards_per_part=about["shards_per_part"],
     )
+
+
+def _wrong_about(about: dict[str, Any]) -> str | None:
+    """What is wrong with the metadata of a manifest."""
+    names, counts = about.get("class_names"), about.get("class_counts")
+    sound = {
+        "num_samples": _whole(about.get("num_samples"), 0),
+        "without_image": _whole(about.get("without_image"), 0),
+        "shards_per_part": _whole(about.get("shards_per_part"), 1),
+        "shuffled": isinstance(about.get("shuffled"), bool),
+        "mean_bytes": isinstance(about.get("mean_bytes"), int | float) and 0 <= about["mean_bytes"] <= MAX_MEMBER,
+        "data_uri": "data_uri" in about and isinstance(about["data_uri"] or "", str),
+        "class_counts": counts is None
+        or (isinstance(counts, list) and all(_whole(count, 0) for count in counts) and any(counts)),
+        "class_names": names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)),
+    }
+    sound["class_names"] = sound["class_names"] and (names is None or len(names) == len(counts or ()))
+    return next((f"{name} is {str(about.get(name))[:40]!r}" for name, well in sound.items() if not well), None)
+
+
+def _whole(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**62
+
+
+def _wrong_shards(table: pa.Table) -> str | None:
+    """What is wrong with the rows of a manifest. A name is that of a file, so that nothing is read from another folder."""
+    names, sizes, counts = table["name"].combine_chunks(), table["size_bytes"].to_numpy(), table["count"].to_numpy()
+    if len(names) and pc.any(pc.or_(pc.match_substring(names, "/"), pc.match_substring(names, "\0"))).as_py():
+        return "a shard's name is no file name"
+    if not pc.all(pc.less(names[:-1], names[1:]), min_count=0).as_py():
+        return "its shards are not in the order of their names"
+    for name, values in (("size_bytes", sizes), ("count", counts)):
+        if len(values) and not 0 <= values.min() <= values.max() < 2**62 // len(values):
+            return f"{name} is between {values.min()} and {values.max()}"
+    return None
 
 
 # The index ----------------------------------------------------------------------------------------------------------
@@ -278,8 +346,10 @@ def _open_part(manifest: Manifest, part: int) -> pq.ParquetFile:
         try:
             # pyarrow asks for exactly the ranges of the row groups, so that nothing need be read ahead
             file = storage.ask(at, lambda: pq.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True))
-        except pa.ArrowException as error:
+        except (pa.ArrowException, ValueError) as error:
             raise DataError(f"{at}: damaged ({storage.one_line(error)}). {_remake(manifest)}") from error
+    if not file.schema_arrow.equals(INDEX_SCHEMA):
+        raise DataError(f"{at}: damaged: its columns are others. {_remake(manifest)}")
     counts = manifest.counts[part * manifest.shards_per_part : (part + 1) * manifest.shards_per_part]
     if file.metadata.num_rows != counts.sum() or file.metadata.num_row_groups != _groups(counts).sum():
         raise DataError(f"{at}: holds {file.metadata.num_rows} samples, the manifest has {counts.sum()}. {_remake(manifest)}")
@@ -290,13 +360,41 @@ def _groups(counts: np.ndarray) -> np.ndarray:
     return -(-counts // GROUP_ROWS)
 
 
-def _read_groups(manifest: Manifest, part: int, groups: range, columns: list[str] | None = None) -> pa.Table:
+def _read_groups(manifest: Manifest, part: int, groups: range, shard: np.ndarray, columns: list[str] | None = None) -> pa.Table:
+    """Row groups of a part, the index rows of the shards int64 [n]."""
     file, at = _open_part(manifest, part), _part_uri(manifest.uri, part)
     with storage.storage_errors(at, "reading the index"), _reading:
         try:
-            return storage.ask(at, lambda: file.read_row_groups(list(groups), columns=columns, use_threads=False))
-        except pa.ArrowException as error:
+            rows = storage.ask(at, lambda: file.read_row_groups(list(groups), columns=columns, use_threads=False))
+            rows.validate(full=True)
+        except (pa.ArrowException, ValueError) as error:
             raise DataError(f"{at}: damaged ({storage.one_line(error)}). {_remake(manifest)}") from error
+    wrong = _wrong_rows(manifest, rows, shard)
+    if wrong is not None:
+        raise DataError(f"{at}: damaged: {wrong}. {_remake(manifest)}")
+    return rows
+
+
+def _wrong_rows(manifest: Manifest, rows: pa.Table, shard: np.ndarray) -> str | None:
+    """What is wrong with index rows that are to be those of the shards int64 [n]."""
+    if rows.num_rows != len(shard) or any(rows[name].null_count for name in rows.column_names):
+        return "values are missing"
+    if not len(shard):
+        return None
+    column = {name: rows[name].to_numpy() for name in rows.column_names if name != "key"}
+    if "shard" in column and not np.array_equal(column["shard"], shard):
+        return "its rows are of other shards"
+    classes = len(manifest.class_counts or ())
+    if "label" in column and not -1 <= column["label"].min() <= column["label"].max() < classes:
+        return f"its labels are not those of {classes} classes"
+    if "offset" in column and "size" in column:
+        distinct, of = np.unique(shard, return_inverse=True)
+        gzipped = np.array([is_gzip(manifest.names[number].as_py()) for number in distinct.tolist()])
+        end = np.where(gzipped, MAX_UNPACKED, manifest.sizes[distinct])[of]
+        offset, size = column["offset"], column["size"]
+        if offset.min() < 0 or size.min() < 0 or size.max() > MAX_MEMBER or (offset > end - size).any():
+            return "an image lies beyond its shard"
+    return None
 
 
 @functools.lru_cache(maxsize=64)
@@ -304,7 +402,7 @@ def _shard_rows(manifest: Manifest, shard: int) -> pa.Table:
     part, per_part = shard // manifest.shards_per_part, manifest.shards_per_part
     first = int(_groups(manifest.counts[part * per_part : shard]).sum())
     number = int(_groups(manifest.counts[shard : shard + 1])[0])
-    return _read_groups(manifest, part, range(first, first + number)).combine_chunks()
+    return _read_groups(manifest, part, range(first, first + number), np.full(manifest.counts[shard], shard)).combine_chunks()
 
 
 def index_rows(manifest: Manifest, shard: int, columns: list[str] | None = None) -> pa.Table:
@@ -317,13 +415,18 @@ def iter_index(manifest: Manifest, columns: list[str]) -> Iterator[pa.Table]:
     """The whole index in order, a bounded table at a time."""
     for part in range(-(-len(manifest.counts) // manifest.shards_per_part)):
         counts = manifest.counts[part * manifest.shards_per_part : (part + 1) * manifest.shards_per_part]
+        if not counts.sum():
+            continue
+        _open_part(manifest, part)  # which believes no count
         # Row groups until about ROWS_AT_ONCE rows: with many small shards a group at a time would be slow.
         per_group = np.full(int(_groups(counts).sum()), GROUP_ROWS)
         per_group[np.cumsum(_groups(counts)) - 1] = counts - (_groups(counts) - 1) * GROUP_ROWS
         together = (np.cumsum(per_group) - 1) // ROWS_AT_ONCE
         borders = np.flatnonzero(np.diff(together, prepend=-1, append=together[-1] + 1))
+        of_group = np.repeat(np.arange(len(counts)), _groups(counts)) + part * manifest.shards_per_part
         for first, stop in itertools.pairwise(borders.tolist()):
-            yield _read_groups(manifest, part, range(first, stop), columns)
+            of_row = np.repeat(of_group[first:stop], per_group[first:stop])
+            yield _read_groups(manifest, part, range(first, stop), of_row, columns)
 
 
 def write_bad_samples(uri: str, rows: list[dict]) -> None:
@@ -341,8 +444,13 @@ def bad_samples(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
     at = storage.join(manifest.uri, "bad.parquet")
     if not storage.exists(at):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    table = _read_parquet(at, f"Make it again with: ssl-ray data check {manifest.uri}")
-    return table["shard"].to_numpy().astype(np.int64), table["row"].to_numpy().astype(np.int64)
+    remake = f"Make it again with: ssl-ray data check {manifest.uri}"
+    table = _read_table(_open_parquet(at, remake), BAD_SCHEMA, uri=at, remedy=remake)
+    shard, row = table["shard"].to_numpy().astype(np.int64), table["row"].to_numpy()
+    known = (shard >= 0) & (shard < len(manifest.counts))
+    if not known.all() or (row < 0).any() or (row >= manifest.counts[shard]).any():
+        raise DataError(f"{at}: names samples that the data set does not have. {remake}")
+    return shard, row
 
 
 def bad_digest(manifest: Manifest) -> str:

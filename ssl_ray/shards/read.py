@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import threading
 import zlib
@@ -23,7 +24,7 @@ from ssl_ray.errors import DataError
 from ssl_ray.shards import cache as kept
 from ssl_ray.shards.cache import Cache
 from ssl_ray.shards.fetch import Gone, fetch, forget_sizes
-from ssl_ray.shards.manifest import Manifest, index_rows, is_gzip
+from ssl_ray.shards.manifest import MAX_UNPACKED, Manifest, index_rows, is_gzip
 
 MERGE_GAP_BYTES = 64 * 2**10
 """Two samples this near are read by one request, with what lies between."""
@@ -220,15 +221,23 @@ def _fetch_gzip(manifest: Manifest, cache: Cache | None, name: str, size: int, *
             return _gzips[at], None
     if cache is not None and not anew and (packed := kept.read(cache, manifest.digest, name, 0, size)) is not None:
         with contextlib.suppress(*_NO_GZIP):
-            return _keep(at, gzip.decompress(packed)), None
+            return _keep(at, _unpack(packed)), None
     packed = fetch(at[1], 0, size)
     try:
-        data = gzip.decompress(packed)
+        data = _unpack(packed)
     except _NO_GZIP as error:
         raise _Permanent(f"the shard does not decompress ({storage.one_line(error)})") from error
     if cache is not None:
         kept.write(cache, manifest.digest, name, 0, packed)
     return _keep(at, data), len(packed)
+
+
+def _unpack(packed: bytes) -> bytes:
+    """Raises what _NO_GZIP names, also where more than MAX_UNPACKED bytes come out."""
+    data = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(MAX_UNPACKED + 1)
+    if len(data) > MAX_UNPACKED:
+        raise EOFError(f"more than {MAX_UNPACKED} bytes")
+    return data
 
 
 def _keep(at: tuple[str, str], data: bytes) -> bytes:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gzip
 import itertools
+import math
 import os
 import shutil
 import struct
@@ -136,19 +137,23 @@ def _fashion_mnist(root: Path, split: str) -> Source:
     return of_arrays(f"fashion-mnist-{split}", pixels, labels.astype(np.int64), FASHION_CLASSES)
 
 
+_MAX_IDX = 2**28
+"""Bytes of such a file, decompressed; the largest has 47 MB."""
+
+
 def _idx(root: Path, name: str, *, dimensions: int) -> np.ndarray:
     """uint8 array of an IDX file, gzip'd or not (the format is described at yann.lecun.com/exdb/mnist)."""
     path = next((at for at in (root / f"{name}.gz", root / name) if at.is_file()), None)
     if path is None:
         raise DataError(f"{root}: no {name}.gz here. Debian has it: apt install dataset-fashion-mnist.")
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(_MAX_IDX + 1)
         magic, *shape = struct.unpack_from(f">{1 + dimensions}I", data)
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise DataError(f"{path}: cannot be read ({error}). Fetch the file again.") from error
     header = 4 * (1 + dimensions)
-    if magic != 0x800 + dimensions or len(data) != header + int(np.prod(shape)):
+    if magic != 0x800 + dimensions or len(data) != header + math.prod(shape):
         raise DataError(f"{path}: not an IDX file of {dimensions} dimensions, or truncated. Fetch the file again.")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
@@ -277,7 +282,8 @@ def _unpacked(manifest: Manifest, folder: str) -> Manifest:
             open(f"{folder}/{number}.tar", "wb") as file,
         ):
             shutil.copyfileobj(plain, file, 2**20)
-    return dataclasses.replace(manifest, data_uri=folder, names=pa.array(names))
+    sizes = np.array([os.path.getsize(f"{folder}/{name}") for name in names], np.int64)
+    return dataclasses.replace(manifest, data_uri=folder, names=pa.array(names), sizes=sizes)
 
 
 def _extension(image: memoryview) -> str:
