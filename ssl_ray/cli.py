@@ -17,7 +17,8 @@ from ssl_ray.config import Config
 from ssl_ray.errors import DataError, SslRayError, Stopped, UsageError, shown
 
 RECIPES = Path(__file__).parent / "recipes"
-MAX_RECIPE = 2**20
+MAX_RECIPE, MAX_DEPTH = 2**20, 20
+"""Characters, and lists and sections within one another."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,14 +69,14 @@ def _read_recipe(name: str) -> dict[str, Any]:
     import yaml
 
     path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
-    if "://" in name or path.is_dir():
+    try:
+        is_run, there = "://" in name or path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:  # longer than a name can be, or with a zero byte
+        raise UsageError(f"{name}: no such recipe, file or run ({storage.one_line(error)}).") from error
+    if is_run:
         from ssl_ray.train.runs import load_run
 
         return load_run(name)["config"] | {"run": name}
-    try:
-        there = path.exists()
-    except (OSError, ValueError) as error:  # longer than a name can be, or with a zero byte
-        raise UsageError(f"{name}: no such recipe, file or run ({storage.one_line(error)}).") from error
     if not there:
         near = difflib.get_close_matches(name, recipe_names(), n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Recipes: {', '.join(recipe_names())}."
@@ -85,8 +86,7 @@ def _read_recipe(name: str) -> dict[str, Any]:
             text = file.read(MAX_RECIPE + 1)
         if len(text) > MAX_RECIPE:
             raise UsageError(f"{path}: no recipe, it has more than {MAX_RECIPE} characters.")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few lines of them can mean gigabytes
-            raise UsageError(f"{path}: YAML's aliases (*name) are not read. Write the value where it is needed.")
+        _require_plain(text, path)
         values = yaml.safe_load(text)
     except SslRayError:
         raise
@@ -101,6 +101,19 @@ def _read_recipe(name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{path}: got {type(values).__name__}, expected keys and values, as in views: {{count: 8}}.")
     return values
+
+
+def _require_plain(text: str, path: Path) -> None:
+    """Raises UsageError for YAML of a few lines that means gigabytes (aliases of aliases) or takes hours (nested deeply)."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise UsageError(f"{path}: YAML's aliases (*name) are not read. Write the value where it is needed.")
+        if depth > MAX_DEPTH:
+            raise UsageError(f"{path}: no recipe, it is nested more than {MAX_DEPTH} deep.")
 
 
 def read_config(recipe: str | None, overrides: list[str]) -> Config:

@@ -178,7 +178,7 @@ def load_manifest(uri: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{at}: its metadata is damaged ({error}). {remake}") from error
     got = about.get("format_version") if isinstance(about, dict) else about
-    if got != FORMAT_VERSION:
+    if not isinstance(about, dict) or got != FORMAT_VERSION:
         raise DataError(f"{at}: format_version is {str(got)[:40]}, this ssl_ray reads {FORMAT_VERSION}. {remake}")
     table = _read_table(file, MANIFEST_SCHEMA, uri=at, remedy=remake, nulls=("sha256",))
     total = int(table["count"].to_numpy().sum())
@@ -237,6 +237,8 @@ def _wrong_shards(table: pa.Table) -> str | None:
     for name, values in (("size_bytes", sizes), ("count", counts)):
         if len(values) and not 0 <= values.min() <= values.max() < 2**62 // len(values):
             return f"{name} is between {values.min()} and {values.max()}"
+    if len(names) and sizes[pc.ends_with(names, "gz").to_numpy(zero_copy_only=False)].max(initial=0) > MAX_UNPACKED:
+        return f"a gzip'd shard of more than {MAX_UNPACKED} bytes"
     return None
 
 
