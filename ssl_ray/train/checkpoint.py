@@ -78,8 +78,11 @@ def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimiz
     load_weights(uri, network)
     parameters = list(network.parameters())
     slots: dict[int, dict[str, Tensor]] = {}
-    for name, value in _load_tensors(storage.join(uri, "optimizer.safetensors")).items():
+    optimizer_uri = storage.join(uri, "optimizer.safetensors")
+    for name, value in _load_tensors(optimizer_uri).items():
         index, _, slot = name.partition(".")
+        if not index.isdecimal() or int(index) >= len(parameters):
+            raise DataError(f"{optimizer_uri}: {name} is of no parameter of this network. {_RESTORE}")
         like = parameters[int(index)]
         if value.shape == like.shape:  # fused optimisers go over memory as it lies, and channels_last lies otherwise
             value = torch.empty_like(like).copy_(value)
@@ -90,7 +93,12 @@ def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimiz
 
 def load_weights(uri: str, network: nn.Module) -> None:
     """Puts the weights of the checkpoint at `uri` into the network, which must be of the same shape."""
-    network.load_state_dict(_load_tensors(storage.join(uri, "weights.safetensors")))
+    at = storage.join(uri, "weights.safetensors")
+    tensors = _load_tensors(at)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise DataError(f"{at}: not the weights of this network ({storage.one_line(error)[:300]}). {_RESTORE}") from error
 
 
 def weights_uri(uri: str) -> str:

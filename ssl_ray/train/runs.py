@@ -55,7 +55,7 @@ def read_json(uri: str) -> dict[str, Any]:
     """The object in the JSON file `uri`; DataError if it is absent or no JSON."""
     try:
         value = json.loads(storage.read_bytes(uri))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{uri}: not a JSON file ({error}). Restore it, or start a new run.") from error
     if not isinstance(value, dict):
         raise DataError(f"{uri}: holds {type(value).__name__}, expected an object. Restore it, or start a new run.")
@@ -257,8 +257,18 @@ def read_metrics(uri: str, *, first_segment: str = "") -> list[dict[str, Any]]:
         if name >= first_segment:
             later = [segment_step(other) for other in names if segment_number(other) > segment_number(name)]
             stop = min(later, default=None)
-            lines = storage.read_bytes(storage.join(uri, "metrics", name)).splitlines()
-            records += [record for record in map(json.loads, lines) if stop is None or record["step"] < stop]
+            read = _read_segment(storage.join(uri, "metrics", name))
+            records += [record for record in read if stop is None or record["step"] < stop]
+    return records
+
+
+def _read_segment(at: str) -> list[dict[str, Any]]:
+    try:
+        records = [json.loads(line) for line in storage.read_bytes(at).splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{at}: not lines of JSON ({error}). Restore it, or start a new run.") from error
+    if not all(isinstance(record, dict) and isinstance(record.get("step"), int) for record in records):
+        raise DataError(f"{at}: a line is no record of a step. Restore it, or start a new run.")
     return records
 
 

@@ -13,7 +13,7 @@ from ssl_ray.errors import SslRayError, shown
 
 CASE_CPU_S = 10.0
 """A case that takes more of the CPU is a hang; they take milliseconds."""
-CASE_S = 120.0
+CASE_S = 60.0
 """Where machine code hangs, which no signal ends, the process is ended."""
 GROWTH_BYTES = 256 * 2**20
 """Memory that all cases of a test may leave behind."""
