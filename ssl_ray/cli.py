@@ -17,6 +17,8 @@ from ssl_ray.config import Config
 from ssl_ray.errors import DataError, SslRayError, Stopped, UsageError, shown
 
 RECIPES = Path(__file__).parent / "recipes"
+MEAN_BYTES, SHARD_BYTES = 110_000, 2**26
+"""Of a data set that is planned: images as ImageNet's, shards as `data pack` makes them."""
 MAX_RECIPE, MAX_DEPTH = 2**20, 20
 """Characters, and lists and sections within one another."""
 
@@ -146,10 +148,18 @@ def _evaluate(options: argparse.Namespace) -> Result:
 
 def _plan(options: argparse.Namespace) -> Result:
     made = read_config(options.config, options.overrides)
+    if options.images is None and (options.shards, options.mean_bytes) != (None, None):
+        raise UsageError("--shards and --mean-bytes are of a data set that is not there yet. Say how many --images it has.")
     with console.progress(quiet=options.json) as progress:
-        from ssl_ray.train.forecast import forecast
+        from ssl_ray.train.forecast import forecast, planned
 
-        return forecast(made, probe_steps=0 if options.no_probe else 3, progress=progress), console.plan
+        data = None
+        if options.images is not None:
+            size = options.mean_bytes or MEAN_BYTES
+            shards = options.shards or max(1, options.images * size // SHARD_BYTES)
+            data = planned(made, images=options.images, shards=shards, mean_bytes=size)
+        steps, rate = 0 if options.no_probe else 3, options.images_per_s
+        return forecast(made, data=data, probe_steps=steps, images_per_s=rate, progress=progress), console.plan
 
 
 def _profile(options: argparse.Namespace) -> Result:
@@ -325,11 +335,15 @@ def _takes_keys(parser: argparse.ArgumentParser, *, examples: str = "") -> None:
     parser.set_defaults(explain=lambda: f"{_keys_help()}\n\n{examples}".rstrip())
 
 
+_POWER = re.compile(r"[0-9]{1,3}e[0-9]{1,2}")
+
+
 def _at_least(low: int) -> Callable[[str], int]:
     def number(text: str) -> int:
-        if not (text.isdecimal() and int(text) >= low):
+        value = int(text) if text.isdecimal() and len(text) < 19 else int(float(text)) if _POWER.fullmatch(text) else -1
+        if not low <= value < 2**62:
             raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of {low} or more")
-        return int(text)
+        return value
 
     return number
 
@@ -365,7 +379,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--step", type=_at_least(0), help="the checkpoint of this step; default: the newest")
     evaluate.add_argument("--untrained", action="store_true", help="the network before training, batch norm calibrated")
     _takes_config(_add(verbs, "plan", _plan, "What a run would take: steps, samples, bytes, memory, time."))
-    verbs.choices["plan"].add_argument("--no-probe", action="store_true", help="do not train a few steps to estimate time")
+    plan = verbs.choices["plan"]
+    plan.add_argument("--no-probe", action="store_true", help="do not train a few steps to estimate time")
+    plan.add_argument("--images-per-s", type=_at_least(1), metavar="N", help="of all workers together: estimate time from that")
+    plan.add_argument("--images", type=_at_least(1), metavar="N", help="plan for a data set that is not there yet, as 1e9")
+    plan.add_argument("--shards", type=_at_least(1), metavar="N", help="of that; default: shards of 64 MiB")
+    plan.add_argument("--mean-bytes", type=_at_least(1), metavar="N", help=f"of an image of that; default: {MEAN_BYTES}")
     profile = _add(verbs, "profile", _profile, "Where the time of a step goes, from a short run that is not kept.")
     profile.add_argument("config", metavar="RUN_OR_RECIPE", help=_RECIPE.format(", ".join(recipe_names())))
     _takes_keys(profile)

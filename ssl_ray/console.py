@@ -268,15 +268,15 @@ def _duration(seconds: float) -> str:
 
 def plan(values: dict[str, Any]) -> None:
     """What a run would take: counts as they are, bytes and seconds in units that are easy to read."""
-    shown = {}
+    lines = {}
     for name, value in values.items():
         if name.endswith("_bytes"):
-            shown[name.removesuffix("_bytes")] = _size(value)
+            lines[name.removesuffix("_bytes")] = _size(value)
         elif name.endswith("_s"):
-            shown[name.removesuffix("_s")] = _duration(value) if value >= 1 else f"{1000 * value:.0f} ms"
+            lines[name.removesuffix("_s")] = _duration(value) if value >= 1 else f"{1000 * value:.0f} ms"
         else:
-            shown[name] = f"{value:,}"
-    record({name.replace("_", " "): value for name, value in shown.items()})
+            lines[name] = f"{value:,}"
+    record({name.replace("_", " "): value for name, value in lines.items()})
 
 
 def profile(values: dict[str, Any]) -> None:

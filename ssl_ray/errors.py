@@ -17,7 +17,8 @@ import re
 
 MAX_LINES, MAX_LINE = 3, 1000
 """Of a message as it is printed; the head and the end of a longer line stay."""
-_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
+_USER_INFO = re.compile(r"(?<=://)([^/\s]*|[^/\s:]*:(?!\d+/)\S*)@")
+"""Keys of S3 may hold a slash, unlike those of a correct URI; what has a port is no password."""
 _SECRET_PARAMETER = re.compile(
     r"(?<=[?&;])((?:x-(?:amz|goog)-)?(?:signature|credential|security-token)|awsaccesskeyid|sig|(?:access_?)?token|secret|password)"
     r"=[^&;\s'\"]*",

@@ -151,6 +151,35 @@ def chunks_of_rows(chunks: Chunks, shards: np.ndarray, rows: np.ndarray) -> np.n
     return chunks.of_shard[shards] + ((rows + 1) * pieces - 1) // chunks.counts[shards]
 
 
+def even_plan(*, seed: int, batch: int, lanes: int, images: int, shards: int, mean_bytes: float, share: float) -> Plan:
+    """The plan of a data set that is not there yet: shards alike but for one image, of each chunk its `share` selected."""
+    rows, steps_per_round = sizes(
+        num_samples=images, num_selected=max(1, int(images * share)), mean_bytes=mean_bytes, batch=batch, lanes=lanes
+    )
+    ends = np.arange(1, shards + 1) * images // shards
+    chunks = chunk_layout(np.diff(ends, prepend=0), rows)
+    selected = np.empty(chunks.num_chunks, np.int64)
+    for begin in range(0, len(selected), 2**20):  # a bounded part at a time
+        ids = np.arange(begin, min(begin + 2**20, len(selected)))
+        shard, first, stop = chunk_bounds(chunks, ids)
+        before = ends[shard] - chunks.counts[shard]
+        selected[ids] = ((before + stop) * share).astype(np.int64) - ((before + first) * share).astype(np.int64)
+    return make_plan(seed=seed, batch=batch, lanes=lanes, steps_per_round=steps_per_round, chunks=chunks, selected=selected)
+
+
+def worker_rows(plan: Plan, order: EpochOrder, round: int, lanes: range) -> tuple[np.ndarray, np.ndarray]:
+    """Shards and rows, int64 [n] each and sorted, of a worker's samples of a round.
+
+    Where not all samples of a chunk are selected, as if those that are lay evenly in it.
+    """
+    samples = worker_round(plan, order, round, lanes)
+    chunk, rank = samples.chunks.ravel(), samples.ranks.ravel()
+    shard, first, stop = chunk_bounds(plan.chunks, chunk)
+    row = first + rank * (stop - first) // plan.selected[chunk]
+    by_row = np.lexsort((row, shard))
+    return shard[by_row], row[by_row]
+
+
 def make_plan(*, seed: int, batch: int, lanes: int, steps_per_round: int, chunks: Chunks, selected: np.ndarray) -> Plan:
     """Raises UsageError if fewer samples are selected than a batch has."""
     num_selected = int(selected.sum())

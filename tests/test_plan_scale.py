@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,3 +160,125 @@ def test_a_billion_samples_in_a_million_shards_fit_in_a_gigabyte(image_bytes, ba
     assert seen["num_chunks"] <= 2**23 + 10**6
     assert seen["longest_array"] <= seen["num_chunks"] + 1
     assert max(seen["read"].values()) <= 1.1
+
+
+def test_an_even_plan_is_that_of_such_shards():
+    made, _, _ = planned(7, 100, 50_000, batch=64, lanes=8)
+    even = plans.even_plan(seed=1, batch=64, lanes=8, images=700, shards=7, mean_bytes=50_000, share=1.0)
+    assert (even.seed, even.lanes, even.steps_per_round, even.num_selected) == (1, 8, made.steps_per_round, 700)
+    assert np.array_equal(even.selected, made.selected)
+    assert np.array_equal(even.chunks.of_shard, made.chunks.of_shard)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
+def test_an_even_plan_has_all_images_and_their_share_in_shards_that_differ_by_one(share):
+    even = plans.even_plan(seed=0, batch=16, lanes=4, images=1003, shards=10, mean_bytes=1e5, share=share)
+    assert sorted(set(even.chunks.counts.tolist())) == [100, 101]
+    assert even.chunks.counts.sum() == 1003
+    assert even.num_selected == int(1003 * share)
+    _, first, stop = plans.chunk_bounds(even.chunks, np.arange(even.chunks.num_chunks))
+    assert np.all((even.selected >= 0) & (even.selected <= stop - first))
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_rows_of_a_worker_are_distinct_and_inside_the_chunks_of_its_samples(share):
+    even = plans.even_plan(seed=0, batch=32, lanes=8, images=5000, shards=5, mean_bytes=2e5, share=share)
+    order = plans.epoch_order(even, 2)
+    for worker in range(3):
+        lanes = plans.lanes_of(worker, 3, 8)
+        shard, row = plans.worker_rows(even, order, 1, lanes)
+        assert len(set(zip(shard.tolist(), row.tolist(), strict=True))) == len(row)
+        chunks = plans.worker_round(even, order, 1, lanes).chunks.ravel()
+        assert sorted(plans.chunks_of_rows(even.chunks, shard, row).tolist()) == sorted(chunks.tolist())
+
+
+FORECAST = """
+import json, sys
+from ssl_ray.cli import main
+code = main(sys.argv[1:])
+with open("/proc/self/status") as status:
+    print(code, next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
+
+def forecast(*arguments):
+    """What `ssl-ray plan --json` says in a process of its own, and the MiB that it took at its peak."""
+    command = [sys.executable, "-c", FORECAST, "plan", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    code, peak = done.stderr.split()[-2:]
+    assert code == "0", done.stderr
+    return json.loads(done.stdout), int(peak)
+
+
+def test_requests_and_traffic_of_a_small_planned_run_are_those_counted_by_hand():
+    # One worker reads both shards whole, chunk by chunk: 64 images of 1 MiB in 64 chunks of one image, which lie side by side.
+    keys = ("train.batch=8", "train.lanes=1", "train.workers=1", "data.eval_uri=x", "train.epochs=3", "checkpoint.every_s=60")
+    sizes = ("--images", "64", "--shards", "2", "--mean-bytes", str(2**20), "--images-per-s", "16")
+    seen, _ = forecast(*sizes, *keys)
+    assert [seen[name] for name in ("samples", "steps_per_epoch", "steps", "left_out_as_bad")] == [64, 8, 24, 0]
+    assert seen["steps_per_round"] == 8  # so a round is the epoch, and each shard is read from its start to its end
+    assert seen["read_per_epoch_bytes"] == seen["needed_per_epoch_bytes"] == 64 * 2**20
+    assert seen["gets_per_epoch"] == 2 * 4  # 32 MiB in requests of 8 MiB
+    assert seen["index_requests_per_epoch"] == 2
+    assert (seen["epoch_s"], seen["estimated_s"], seen["images_each_second"]) == (4.0, 12.0, 16.0)
+    assert seen["gets_each_second"] == (8 + 2) / 4
+    assert seen["read_each_second_bytes"] == 16 * 2**20
+    assert seen["checkpoint_bytes"] == 4 * 3 * seen["weights"]  # Adam's two moments
+    assert seen["checkpoint_puts_per_hour"] == 60 * 5
+    assert seen["checkpoints_written_per_hour_bytes"] == 60 * seen["checkpoint_bytes"]
+
+
+def test_half_the_images_of_a_shard_are_asked_for_one_by_one_if_they_lie_apart():
+    keys = ("train.batch=8", "train.lanes=1", "train.workers=1", "data.eval_uri=x", "data.fraction=0.5")
+    seen, _ = forecast("--images", "64", "--shards", "2", "--mean-bytes", str(2**20), "--images-per-s", "16", *keys)
+    assert seen["samples"] == 32
+    assert seen["read_per_epoch_bytes"] == 32 * 2**20
+    assert 16 <= seen["gets_per_epoch"] <= 32
+
+
+def test_a_billion_images_for_1024_workers_are_planned_within_two_gigabytes():
+    keys = ("train.batch=16384", "train.lanes=1024", "train.workers=1024", "data.eval_uri=x")
+    seen, peak = forecast("--images", "1e9", "--shards", "1e6", "--mean-bytes", "110000", "--images-per-s", "500000", *keys)
+    print(f"\n{peak} MiB, {seen}")
+    assert peak < 2000
+    assert seen["samples"] == 10**9
+    assert seen["read_per_epoch_bytes"] <= 1.1 * seen["needed_per_epoch_bytes"]
+    assert seen["plan_bytes"] + seen["plan_of_an_epoch_in_each_process_bytes"] < 400 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--shards", "5"], "Say how many --images"),
+        (["--images", "5", "--shards", "9"], "--shards: got 9, but there are 5 images"),
+        (["--images", "1e99"], "expected a whole number"),
+        (["--images", "5"], "train.batch"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(arguments, part):
+    command = [sys.executable, "-m", "ssl_ray", "plan", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert part in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import bench_scale  # noqa: E402
+
+
+def test_the_simulation_asks_for_every_image_of_a_round_once():
+    made = plans.even_plan(seed=0, batch=64, lanes=8, images=4000, shards=8, mean_bytes=1e5, share=1.0)
+    lane, _, size = bench_scale.round_requests(made, plans.epoch_order(made, 0), 0, 100_000)
+    assert size.sum() == made.steps_per_round * 64 * 100_000
+    assert np.all(np.bincount(lane, weights=size) == made.steps_per_round * 8 * 100_000)
+
+
+def test_the_simulation_has_four_requests_of_a_worker_under_way_and_no_more():
+    lane = np.repeat([0, 1], 20)
+    begin, end = bench_scale.times(lane, np.full(40, 10**6), begin=5.0, seed=0)
+    assert begin.min() == pytest.approx(5.0)
+    assert np.all(end > begin)
+    for worker in (0, 1):
+        for look in begin[lane == worker]:
+            assert 1 <= np.count_nonzero((lane == worker) & (begin <= look + 1e-9) & (look + 1e-9 < end)) <= 4

@@ -1,4 +1,7 @@
-"""What a run would take, before it is started: counted from its plan, its time from a few steps in this process."""
+"""What a run would take, before it is started: counted from its plan, its time from a few steps in this process.
+
+The data set need not be there: `planned` makes one of so many images, shards and bytes.
+"""
 
 import dataclasses
 import os
@@ -7,40 +10,87 @@ import time
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ssl_ray import plan, stream
 from ssl_ray.config import Config
+from ssl_ray.errors import UsageError
+from ssl_ray.plan import EpochOrder, Plan
+from ssl_ray.shards import Manifest
+from ssl_ray.shards.manifest import ROWS_AT_ONCE
+from ssl_ray.shards.read import merge_ranges
 from ssl_ray.train.loop import compute_loss, make_network, views_on
 from ssl_ray.train.optim import build_optimizer
 from ssl_ray.train.pretrain import Progress, located, open_data, plan_schedule
 
 _COPIES = {"adam": 3, "adamw": 3, "sgd": 2, "lars": 2}
 """Numbers that a checkpoint holds for each weight: itself and the optimiser's moments."""
+COMMIT_PUTS = 5
+"""Objects of a checkpoint: weights, optimiser, state, the segment of metrics, the marker."""
+OPEN_PARTS = 4
+"""Parts of the index that a process keeps open."""
+COUNTED = 512
+"""Shares of rounds whose requests are counted; of more, the rest is taken to be alike."""
 PROBE_S = 20.0
 """The probe takes about so many seconds."""
 FEW = 2
 """Images of the steps that say how many images can be probed; fewer have no variance."""
 
 
-def forecast(config: Config, *, probe_steps: int, progress: Progress) -> dict[str, Any]:
-    """Steps, samples, bytes and memory of a run of `config`; with probe_steps > 0 also its time on this machine.
+def planned(config: Config, *, images: int, shards: int, mean_bytes: float) -> stream.TrainingData:
+    """The data of a run on a data set that is not there yet. Raises UsageError if there are more shards than images."""
+    if shards > images:
+        raise UsageError(f"--shards: got {shards}, but there are {images} images, and no shard is empty.")
+    share = config.data.fraction * (1 - (config.data.eval_fraction if config.data.eval_uri is None else 0.0))
+    lanes, batch = config.train.num_lanes(), config.train.batch
+    made = plan.even_plan(
+        seed=config.seed, batch=batch, lanes=lanes, images=images, shards=shards, mean_bytes=mean_bytes, share=share
+    )
+    counts = made.chunks.counts
+    manifest = Manifest(
+        uri="",
+        data_uri="",
+        names=pa.array([f"shard-{i:07d}.tar" for i in range(shards)]),
+        sizes=(counts * mean_bytes).astype(np.int64),
+        counts=counts,
+        sha256=pa.array(["0" * 64]).take(pa.array(np.zeros(shards, np.int64))),
+        class_names=None,
+        class_counts=None,
+        mean_bytes=mean_bytes,
+        digest="",
+    )
+    nothing = np.zeros(0, np.int64)
+    return stream.TrainingData(manifest, stream.Selection(share, None, 0.0, (nothing, nothing)), made, config.views)
 
+
+def forecast(
+    config: Config, *, data: stream.TrainingData | None = None, probe_steps: int, images_per_s: float | None, progress: Progress
+) -> dict[str, Any]:
+    """Steps, samples, requests, bytes and memory of a run of `config`; with a rate or probe_steps > 0 also its time.
+
+    data: that of `planned`; None: what config.data names.  images_per_s: of all workers; None: as tried on this machine, if there
+    is data and probe_steps.
     Names say the unit: `_bytes`, `_s`; the rest are counts.
     """
-    data, _ = open_data(located(config))
+    there = data is None
+    data = open_data(located(config))[0] if data is None else data
     made, spec = data.plan, config.views
     schedule = plan_schedule(config, made.steps_per_epoch)
     mean_bytes = data.manifest.mean_bytes
+    workers = max(1, config.train.workers)
     # The busiest worker has the most lanes; the others wait for it at every step.
-    lanes = max(
-        len(plan.lanes_of(rank, max(1, config.train.workers), made.lanes)) for rank in range(max(1, config.train.workers))
-    )
+    lanes = max(len(plan.lanes_of(rank, workers, made.lanes)) for rank in range(workers))
     busiest = lanes * made.batch // made.lanes
     network = make_network(config, group=None)
     weights = sum(p.numel() for p in network.parameters())
+    begun = time.perf_counter()
+    order = plan.epoch_order(made, 0)
+    setup_s = time.perf_counter() - begun
+    checkpoint_bytes = 4 * _COPIES[config.optim.name] * weights
     result: dict[str, Any] = {
         "samples": made.num_selected,
+        "left_out_as_bad": len(data.selection.excluded[0]),
         "dropped_per_epoch": made.dropped,
         "steps": schedule.total_steps,
         "steps_per_epoch": made.steps_per_epoch,
@@ -49,16 +99,89 @@ def forecast(config: Config, *, probe_steps: int, progress: Progress) -> dict[st
         "views": schedule.total_steps * made.batch * spec.count,
         "images_per_step_of_the_busiest_worker": busiest,
         "weights": weights,
-        "read_per_epoch_bytes": round(made.num_selected * mean_bytes),
+        "needed_per_epoch_bytes": round(made.num_selected * mean_bytes),
+        **requests(data, order, workers=workers),
         "reads_in_flight_per_worker_bytes": round(3 * made.steps_per_round * busiest * mean_bytes),
         "views_per_step_and_worker_bytes": stream.step_bytes(data, lanes),
         "views_in_flight_per_worker_bytes": _views_in_flight(config, data, lanes),
-        "checkpoint_bytes": 4 * _COPIES[config.optim.name] * weights,
+        "object_store_per_worker_bytes": stream.store_bytes(data, lanes) if config.train.workers else 0,
+        "plan_bytes": _plan_bytes(data),
+        "plan_of_an_epoch_in_each_process_bytes": order.chunk.nbytes + order.end.nbytes,
+        "set_up_of_an_epoch_s": setup_s,
+        "checkpoint_bytes": checkpoint_bytes,
     }
-    if probe_steps:
+    if images_per_s is None and probe_steps and there:
         share, total = busiest / made.batch, schedule.total_steps
         result |= _time(config, data, network, steps=probe_steps, share=share, total=total, progress=progress)
-    return result
+        images_per_s = total * made.batch / result["estimated_s"]
+    if images_per_s is not None:
+        result |= _rates(result, made, images_per_s=images_per_s)
+        result["estimated_s"] = schedule.total_steps * made.batch / images_per_s
+    every_s = config.checkpoint.every_s
+    if config.checkpoint.every_steps is not None and images_per_s is not None:
+        every_s = min(every_s, config.checkpoint.every_steps * made.batch / images_per_s)
+    per_hour = 3600 / every_s
+    return result | {
+        "checkpoints_per_hour": round(per_hour, 1),
+        "checkpoint_puts_per_hour": round(per_hour * COMMIT_PUTS),
+        "checkpoints_written_per_hour_bytes": round(per_hour * checkpoint_bytes),
+    }
+
+
+def requests(data: stream.TrainingData, order: EpochOrder, *, workers: int) -> dict[str, int]:
+    """GETs and bytes of an epoch, and those of the index: counted over COUNTED shares of rounds, all of them if they are so few.
+
+    As if the images of a shard were equal and lay evenly in it.  A gzip'd shard is read whole.
+    """
+    made, manifest = data.plan, data.manifest
+    rounds = -(-made.steps_per_epoch // made.steps_per_round)
+    shares = np.unique(np.linspace(0, rounds * workers - 1, COUNTED).astype(np.int64))
+    gets = read = index = images = 0
+    for round, worker in zip(*(part.tolist() for part in np.divmod(shares, workers)), strict=True):
+        shard, row = plan.worker_rows(made, order, round, plan.lanes_of(worker, workers, made.lanes))
+        images += len(row)
+        for some in np.split(np.arange(len(row)), np.flatnonzero(np.diff(shard)) + 1):
+            number = int(shard[some[0]])
+            index += 1
+            if manifest.names[number].as_py().endswith("gz"):
+                gets, read = gets + 1, read + int(manifest.sizes[number])
+                continue
+            apart = manifest.sizes[number] / manifest.counts[number]
+            offsets = (row[some] * apart).astype(np.int64)
+            sizes = np.full(len(some), min(manifest.mean_bytes, apart), np.int64)
+            for first, stop in merge_ranges(offsets, sizes):
+                gets, read = gets + 1, read + int(offsets[stop - 1] + sizes[stop - 1] - offsets[first])
+    whole = made.steps_per_epoch * made.batch / images
+    parts = -(-len(manifest.counts) // manifest.shards_per_part)
+    in_part = -(-manifest.num_samples // parts)
+    opened = 1 if parts <= OPEN_PARTS else 3  # size and footer of a part are asked for again, where it is not one of the last
+    return {
+        "gets_per_epoch": round_up(gets * whole),
+        "read_per_epoch_bytes": round_up(read * whole),
+        "index_requests_per_epoch": round_up(index * whole * opened),
+        "index_requests_at_start": 3 + parts * (2 + -(-in_part // ROWS_AT_ONCE)),
+    }
+
+
+def round_up(value: float) -> int:
+    return int(np.ceil(value - 1e-6))
+
+
+def _rates(counts: dict[str, Any], made: Plan, *, images_per_s: float) -> dict[str, Any]:
+    epoch_s = made.steps_per_epoch * made.batch / images_per_s
+    return {
+        "images_each_second": round(images_per_s, 1),
+        "epoch_s": epoch_s,
+        "gets_each_second": round((counts["gets_per_epoch"] + counts["index_requests_per_epoch"]) / epoch_s, 1),
+        "read_each_second_bytes": round(counts["read_per_epoch_bytes"] / epoch_s),
+    }
+
+
+def _plan_bytes(data: stream.TrainingData) -> int:
+    """Of manifest and plan: once in the driver, once in the object store of each machine."""
+    manifest, made = data.manifest, data.plan
+    arrays = (manifest.sizes, made.chunks.counts, made.chunks.of_shard, made.selected, manifest.names, manifest.sha256)
+    return sum(array.nbytes for array in arrays)
 
 
 def _views_in_flight(config: Config, data: stream.TrainingData, lanes: int) -> int:

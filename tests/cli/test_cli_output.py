@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = {
     "pretrain": {"--json", "--resume", "--config"},
     "evaluate": {"--json", "--step", "--untrained"},
-    "plan": {"--json", "--config", "--no-probe"},
+    "plan": {"--json", "--config", "--no-probe", "--images", "--shards", "--mean-bytes", "--images-per-s"},
     "profile": {"--json", "--steps"},
     "data pack": {"--json", "--split", "--root", "--download", "--seed", "--shard-mb", "--overwrite"},
     "data index": {"--json", "--output"},
