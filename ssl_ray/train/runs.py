@@ -138,7 +138,7 @@ def read_marker(uri: str) -> Marker:
             raise TypeError("a value of another type")
         if marker.step < 0 or (marker.checkpoint is None) != (marker.step == 0):
             raise ValueError("a step without a checkpoint")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{at}: damaged, it does not name a checkpoint. {_remedy(uri)}") from error
     return marker
 

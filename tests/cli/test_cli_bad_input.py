@@ -236,6 +236,7 @@ def test_an_undecodable_image_ends_the_run_unless_allowed(pretrain, cli, with_ba
     assert "broken_png: cannot be decoded" in done.out
     assert "leave the bad samples out" in done.out
     assert cli("data", "stats", data, "--json").ok().json["bad_samples"] == 1
+    assert cli("plan", "--no-probe", *SMALL, *one_epoch).ok().out.splitlines()[1].split() == ["left", "out", "as", "bad", "1"]
     summary = pretrain(*one_epoch, f"run={tmp_path / 'left-out'}").ok().json
     assert summary["bad_samples"] == 0
     # That the sample is left out makes it another run.
@@ -266,3 +267,29 @@ def test_workers_need_not_divide_the_lanes_and_plan_says_what_that_costs(cli, pa
     assert busiest == [16, 8, 8, 4]
     assert np.all(np.diff(busiest) <= 0)
     assert "run" not in list_names(str(packed))
+
+
+def test_names_that_command_a_terminal_are_shown_as_escapes(cli, tmp_path):
+    """In an error, and in the list of bad samples on stdout."""
+    evil = "\x1b]0;owned\x07\u202e"
+    write_tar(tmp_path / "a" / "x.tar", {f"{evil}.png": b"no image", f"{evil}.cls": b"1"})
+    cli("data", "index", tmp_path / "a").ok()
+    done = cli("data", "check", tmp_path / "a")
+    assert done.code == 3
+    assert "\\x1b]0;owned\\x07\\u202e" in done.out
+    write_tar(tmp_path / "b" / "x.tar", {f"{evil}.png": b"", "other.png": b"", f"{evil}.jpg": b""})
+    error = cli("data", "index", tmp_path / "b").refused(3, "x.tar", "\\x1b]0;owned").err
+    for text in (done.out, done.err, error):
+        assert all(line.isprintable() for line in text.splitlines())
+
+
+def test_a_password_in_a_place_is_not_repeated(cli):
+    secret = "hunter2hunter2"
+    for arguments in (
+        ("data", "stats", f"nosuch://user:{secret}@host/x"),
+        ("config", "show", f"data.uri=s3://user:{secret}@bucket/x"),
+        ("runs", "list", f"nosuch://user:{secret}@host/x"),
+    ):
+        done = cli(*arguments)
+        assert done.code in (2, 3)
+        assert secret not in done.out + done.err

@@ -2,11 +2,17 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from command import ssl_ray
+from PIL import Image
 from seaweedfs import BUCKET, SECRETS, Server
 
 KEYS = ("views.count=2", "model.projector_dim=16", "train.batch=128", "train.steps=12", "train.digest=true")
@@ -84,3 +90,49 @@ def test_what_the_store_refuses_is_said_in_two_lines(server: Server, digits: str
     assert len(done.err.strip().splitlines()) <= 2, done.err
     assert "Traceback" not in done.err
     assert not any(secret in done.err + done.out for secret in [*SECRETS.values(), "wrong-secret-key"])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_bad_sample_in_a_bucket_has_the_same_stand_in_after_a_stop_as_in_one_local_run(server: Server, tmp_path: Path):
+    images, environment = tmp_path / "images", server.environment()
+    random = np.random.default_rng(0)
+    for i in range(99):
+        path = images / f"class-{i % 3}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if i % 33 == 5:
+            path.write_bytes(b"no image")
+        else:
+            Image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save(path)
+    uri, run = f"s3://{BUCKET}/with-bad", f"s3://{BUCKET}/runs/with-bad"
+    ssl_ray(environment, "data", "pack", str(images), uri, "--shard-mb", "0.0625").ok()
+    ssl_ray({}, "data", "pack", str(images), str(tmp_path / "local"), "--shard-mb", "0.0625").ok()
+    keys = [
+        "views.count=2",
+        "views.size_px=8",
+        "views.channels=1",
+        "model.projector_dim=8",
+        "train.batch=16",
+        "train.digest=true",
+    ]
+    keys += ["train.steps=500", "checkpoint.every_steps=50", "data.max_bad_samples=3", "data.eval_fraction=0.05"]
+    two = ["pretrain", "--json", f"data.uri={uri}", f"run={run}", "train.workers=2", *keys]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | environment
+    with subprocess.Popen(
+        [sys.executable, "-m", "ssl_ray", *two], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        while first.poll() is None and "runs/with-bad/latest.json" not in objects(server, "runs/with-bad/latest"):
+            time.sleep(0.2)
+        first.terminate()
+        assert first.wait(120) == 130, first.communicate()
+    stopped_at = json.loads(objects(server, "runs/with-bad/latest")["runs/with-bad/latest.json"])["step"]
+    assert 0 < stopped_at < 500
+    summary = json.loads(ssl_ray(environment, *two).ok().out)
+    here = ["pretrain", "--json", f"data.uri={tmp_path}/local", f"run={tmp_path}/run", "train.workers=0", *keys]
+    expected = json.loads(ssl_ray({}, *here).ok().out)
+    assert summary["bad_samples"] == expected["bad_samples"] > 0
+    found = objects(server, "runs/with-bad/metrics")
+    records = [
+        json.loads(line) for path in sorted((tmp_path / "run/metrics").iterdir()) for line in path.read_text().splitlines()
+    ]
+    assert [(one["step"], one["digest"]) for one in steps(found)] == [(one["step"], one["digest"]) for one in records]

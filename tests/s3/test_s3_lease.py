@@ -9,7 +9,8 @@ import threading
 import time
 
 import pytest
-from seaweedfs import BUCKET, Server, ssl_ray
+from command import ssl_ray
+from seaweedfs import BUCKET, Server
 from test_s3 import objects, steps
 
 from ssl_ray import storage
