@@ -369,7 +369,8 @@ def swap(uri: str, data: bytes, *, version: str | None) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Alone among all that swap files in a local folder."""
+    """Alone among all that swap files in a local folder, which is made."""
+    os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".writing-lock"), "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -61,7 +61,7 @@ def planned(config: Config, *, images: int, shards: int, mean_bytes: float) -> s
         digest="",
     )
     nothing = np.zeros(0, np.int64)
-    return stream.TrainingData(manifest, stream.Selection(share, None, 0.0, (nothing, nothing)), made, config.views)
+    return stream.TrainingData(manifest, stream.Selection(share, None, 0.0, (nothing, nothing)), made, config.views, None)
 
 
 def forecast(

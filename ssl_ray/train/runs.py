@@ -133,7 +133,14 @@ def read_marker(uri: str) -> Marker:
     try:
         value = json.loads(data)
         marker = Marker(**value, version=version)
-        kinds = {"step": int, "checkpoint": (str, NoneType), "attempt": str, "number": int, "idle": int, "lease": (int, NoneType)}
+        kinds: dict[str, Any] = {
+            "step": int,
+            "checkpoint": (str, NoneType),
+            "attempt": str,
+            "number": int,
+            "idle": int,
+            "lease": (int, NoneType),
+        }
         if not all(isinstance(getattr(marker, name), kind) for name, kind in kinds.items()) or "step" not in value:
             raise TypeError("a value of another type")
         if marker.step < 0 or (marker.checkpoint is None) != (marker.step == 0):
