@@ -177,6 +177,17 @@ class Optim:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Workers:
+    """As many workers as the cluster has room for at each start of them."""
+
+    min: int
+    max: int
+
+    def __str__(self) -> str:
+        return f"{{min: {self.min}, max: {self.max}}}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
     batch: int = 128
     """G: images in a global batch, whatever the number of workers."""
@@ -190,29 +201,41 @@ class Train:
     """Forward and backward in bfloat16 autocast; the loss stays in float32."""
     init_from: str | None = None
     """Start from the weights of this run, checkpoint or safetensors file instead of random ones."""
-    workers: int = 2
-    """Ray Train workers; 0 trains in this process without Ray."""
+    workers: int | Workers = 2
+    """Ray Train workers; {min: 1, max: 4}: as many as the cluster has room for; 0 trains in this process without Ray."""
     threads: int = 1
     """CPU threads of one worker's tensor operations. Recorded: another number changes the order of sums."""
     digest: bool = False
     """Add a digest of the views to each step's record."""
+    stall_s: float = 300.0
+    """Start the workers again when one of them is at the same part of a step for so many seconds."""
 
     def __post_init__(self) -> None:
         _check(2 <= self.batch <= 2**24, "train.batch", self.batch, f"2 to {2**24}")
         _check(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
         _check(self.steps is None or self.steps >= 1, "train.steps", self.steps, "1 or more, or null")
         _check(1 <= self.threads <= 1024, "train.threads", self.threads, "1 to 1024")
-        _check(self.workers >= 0, "train.workers", self.workers, "0 or more")
+        if isinstance(self.workers, Workers):
+            ok = 1 <= self.workers.min <= self.workers.max
+            _check(ok, "train.workers", self.workers, "min of 1 or more, and max not below it")
+        _check(self.most_workers() >= 0, "train.workers", self.workers, "0 or more")
+        _check(1 <= self.stall_s < math.inf, "train.stall_s", self.stall_s, "1 or more")
         if self.lanes is not None:
             ok = self.lanes >= 1 and self.batch % self.lanes == 0
             divisors = [n for n in range(1, math.isqrt(self.batch) + 1) if self.batch % n == 0]
             nearest = min([*divisors, *(self.batch // n for n in divisors)], key=lambda n: abs(n - (self.lanes or 0)))
             _check(ok, "train.lanes", self.lanes, f"a divisor of train.batch={self.batch}, for example {nearest}")
-        if self.workers > self.num_lanes():
+        if self.most_workers() > self.num_lanes():
             raise UsageError(
-                f"train.workers: got {self.workers}, but train.batch={self.batch} is dealt in {self.num_lanes()} lanes and each "
-                "worker needs one. Use fewer workers, or set train.lanes to a larger divisor of train.batch."
+                f"train.workers: got {self.most_workers()}, but train.batch={self.batch} is dealt in {self.num_lanes()} lanes "
+                "and each worker needs one. Use fewer workers, or set train.lanes to a larger divisor of train.batch."
             )
+
+    def fewest_workers(self) -> int:
+        return self.workers.min if isinstance(self.workers, Workers) else self.workers
+
+    def most_workers(self) -> int:
+        return self.workers.max if isinstance(self.workers, Workers) else self.workers
 
     def num_lanes(self) -> int:
         """L: `lanes`, or the largest divisor of the batch up to MAX_LANES."""
@@ -287,6 +310,7 @@ EXECUTION = frozenset(
         "train.workers",
         "train.threads",
         "train.digest",
+        "train.stall_s",
         "evaluate.every_epochs",
     }
     | {f"checkpoint.{field.name}" for field in dataclasses.fields(Checkpoint)}
@@ -298,11 +322,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'loss': {'beta': 1}} -> {'loss.beta': 1}."""
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """{'loss': {'beta': 1}} -> {'loss.beta': 1}; one level, since the value of a key may be a mapping."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
     return flat
 
 
@@ -415,7 +439,14 @@ def _readable(error: Exception, given: dict[str, Any]) -> str:
     return " ".join(text.split())
 
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null",
+    Workers: "{min: N, max: N}",
+}
 
 
 def _in_words(kind: Any) -> str:

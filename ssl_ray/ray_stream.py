@@ -159,6 +159,7 @@ def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int,
     context = ray.data.DataContext.get_current()
     context.custom_execution_callback_classes = [_Scheduling]
     context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # a trainer may be at one block for long: its own watchdog sees what hangs
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # each row that a task yields is a block of its own
     # Ray Data keeps a quarter of the store for finished blocks; what two tasks have ready must fit the rest, or one waits.

@@ -22,12 +22,23 @@ from pathlib import Path
 from typing import Any
 
 from ssl_ray import storage
+from ssl_ray.config import Workers
 from ssl_ray.errors import ResourceError, SslRayError, TrainingError
 
 SCRATCH = Path("/tmp")
 """Ray makes sockets below its folder, whose paths may have 107 characters: $TMPDIR may be too long."""
 KEEP_LOGS_S = 24 * 3600.0
 """Folders of processes that are gone are removed after so long."""
+PROMPT = {
+    "RAY_grpc_client_keepalive_time_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "5000",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""What every process of a cluster needs in its environment for a machine that is gone, or whose link is cut, to be noticed in ten
+seconds. By default it takes Ray a minute, and tasks that ran there are waited for for more than two."""
 LISTEN_S = 0.1
 """Seconds between two calls of `listen` while Ray starts."""
 
@@ -101,9 +112,18 @@ def is_local() -> bool:
     return not os.environ.get("RAY_ADDRESS")
 
 
-def require_cpus(free: float, *, workers: int) -> None:
-    """Raises ResourceError, saying what is missing and what to set, where half a CPU a worker is not there."""
-    if free < 0.5 * workers:
+def require_cpus(free: float, *, workers: int | Workers, threads: int) -> None:
+    """Raises ResourceError, saying what is missing and what to set, where half a CPU a worker is not there; where the number
+    of workers may change, whole CPUs are counted, as many for data as to train, so that a new machine brings so many workers.
+    """
+    if isinstance(workers, Workers):
+        if free < 2 * threads * workers.min:
+            raise ResourceError(
+                f"train.workers={workers} needs {2 * threads} free CPUs a worker "
+                f"(train.threads={threads} to train, as many for data); the cluster has {free:g} free. "
+                "Add nodes, or set train.workers to a number, for which parts of a CPU will do."
+            )
+    elif free < 0.5 * workers:
         raise ResourceError(
             f"train.workers={workers} needs {0.5 * workers:g} free CPUs (a quarter to train, a quarter for data, each); "
             f"the cluster has {free:g} free. "
@@ -131,7 +151,12 @@ def start_ray(folder: Path) -> tuple[dict[str, float], str]:
     """
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    for name, value in PROMPT.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    # Workers that were promised CPUs of a machine that has just gone would wait for them for a minute.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     # Memory of blocks that were trained on is used again at once: fresh pages cost ten times as much as the copy into them.
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "50")
     if is_local():  # nobody takes this node away, and a process to watch for that takes a second to start

@@ -78,7 +78,7 @@ def forecast(
     made, spec = data.plan, config.views
     schedule = plan_schedule(config, made.steps_per_epoch)
     mean_bytes = data.manifest.mean_bytes
-    workers = max(1, config.train.workers)
+    workers = max(1, config.train.fewest_workers())
     # The busiest worker has the most lanes; the others wait for it at every step.
     lanes = max(len(plan.lanes_of(rank, workers, made.lanes)) for rank in range(workers))
     busiest = lanes * made.batch // made.lanes

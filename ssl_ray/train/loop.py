@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from ssl_ray.philox import DROPOUT, philox
 from ssl_ray.stream import BadSample, Batch
 from ssl_ray.train import checkpoint, runs
 from ssl_ray.train.optim import build_optimizer, learning_rate
+from ssl_ray.train.watchdog import Watchdog
 from ssl_ray.train.writer import Writer
 from ssl_ray.views.device import photometrics
 
@@ -61,6 +62,8 @@ class Outcome:
 
     step: int
     error: SslRayError | None = None
+    left: bool = False
+    """The workers made way after a checkpoint: they are to be started again, on other machines or more of them."""
 
 
 def compute_loss(z: Tensor, spec: Loss, *, group: dist.ProcessGroup | None) -> losses.LossTerms:
@@ -134,6 +137,7 @@ class Agreed:
     """What the workers tell each other at the top of a step."""
 
     stop: bool
+    leave: bool
     checkpoint: bool
     error: bool
     bad: int
@@ -142,15 +146,16 @@ class Agreed:
 
 
 def agree(mine: Agreed, *, group: dist.ProcessGroup | None, device: torch.device) -> Agreed:
-    """Counts and sums over the workers, the wait as their mean; one all-reduce of six integers."""
+    """Counts and sums over the workers, the wait as their mean; one all-reduce of seven integers."""
     if group is None:
         return mine
     digest = mine.digest - 2**64 if mine.digest >= 2**63 else mine.digest  # int64 sums wrap, as wanted
-    values = [mine.stop, mine.checkpoint, mine.error, mine.bad, digest, int(mine.wait_s * 1e6)]
+    values = [mine.stop, mine.leave, mine.checkpoint, mine.error, mine.bad, digest, int(mine.wait_s * 1e6)]
     flags = torch.tensor([int(value) for value in values], dtype=torch.int64, device=device)
     dist.all_reduce(flags, group=group)
-    stop, due, error, bad, digest, wait_us = flags.tolist()
-    return Agreed(bool(stop), bool(due), bool(error), bad, digest % 2**64, wait_us / 1e6 / dist.get_world_size(group))
+    stop, leave, due, error, bad, digest, wait_us = flags.tolist()
+    wait_s = wait_us / 1e6 / dist.get_world_size(group)
+    return Agreed(bool(stop), bool(leave), bool(due), bool(error), bad, digest % 2**64, wait_s)
 
 
 def gather_objects(value: object, *, group: dist.ProcessGroup | None) -> list[Any]:
@@ -205,16 +210,20 @@ def train(
     rank: int,
     device: torch.device,
     writer: Writer | None,
+    watchdog: Watchdog,
+    leaving: Callable[[], bool],
 ) -> Outcome:
     """Takes the steps from `first_step` to the end of the schedule. `module` is `network`, in DDP if there is a group.
 
     batches: this worker's, in order from `first_step`.  writer: worker 0's; None elsewhere.
+    leaving: whether this worker is asked to make way, as before its machine is taken away.
     """
     warmup_steps = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
     saved, saved_at = first_step, time.monotonic()
 
     def save(step: int, *, evaluate: bool = False) -> None:
         nonlocal saved, saved_at
+        watchdog.at("checkpoint", step)
         shot = checkpoint.snapshot(network, optimizer, step=step, state=dataclasses.asdict(counters))
         bad_weight = checkpoint.first_bad_weight(shot)
         if bad_weight is not None:
@@ -223,13 +232,18 @@ def train(
             writer.checkpoint(shot, evaluate=evaluate)
         saved, saved_at = step, time.monotonic()
 
+    def part(name: str) -> record_function:
+        """A part of a step, for the profile and the watchdog."""
+        watchdog.at(name, step)
+        return record_function(name)
+
     step = first_step
     module.train()
     ended = time.monotonic()
     try:
         while step < schedule.total_steps:
             asked = time.monotonic()
-            with record_function("wait"):
+            with part("wait"):
                 batch, error = next_batch(batches)
             wait_s = time.monotonic() - asked
             assert batch is None or batch.step == step, f"the stream is at step {batch.step}, the worker at {step}"
@@ -238,8 +252,9 @@ def train(
             stop = writer is not None and writer.stop_requested
             bad = batch.bad if batch is not None else []
             digest = views_digest(batch.views) if config.train.digest and batch is not None else 0
-            mine = Agreed(stop, due, error is not None, len(bad), digest, wait_s)
-            agreed = agree(mine, group=group, device=device)
+            mine = Agreed(stop, leaving(), due, error is not None, len(bad), digest, wait_s)
+            with part("agree"):
+                agreed = agree(mine, group=group, device=device)
             if agreed.bad:
                 everywhere = [sample for found in gather_objects(bad, group=group) for sample in found]
                 error = add_bad_samples(counters, everywhere, step=step, spec=config.data) or error
@@ -251,6 +266,10 @@ def train(
                 if step > saved and (writer is None or writer.error is None):
                     save(step)
                 return Outcome(step, error)
+            if agreed.leave:
+                if step > saved:
+                    save(step)
+                return Outcome(step, left=True)
             assert batch is not None
             if agreed.checkpoint and step > saved:
                 save(step)
@@ -259,30 +278,31 @@ def train(
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
             epoch = step // schedule.steps_per_epoch
-            with record_function("transfer"):
+            with part("transfer"):
                 views = views_on(device, batch, spec=config.views, seed=config.seed, epoch=epoch)
             with (
-                record_function("forward"),
+                part("forward"),
                 default_generator_lock,
                 torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16),
             ):
                 torch.manual_seed(_step_seed(config.seed, step, rank=rank))
                 z = module(views)
-            with record_function("loss"):
+            with part("loss"):
                 terms = compute_loss(z, config.loss, group=group)
-            with record_function("backward"):
+            with part("backward"):
                 optimizer.zero_grad(set_to_none=True)
                 terms.total.backward()
                 loss = terms.total.item()
             if not math.isfinite(loss):
                 raise TrainingError(_not_finite(f"the loss ({loss})", step, saved))
-            with record_function("optimizer"):
+            with part("optimizer"):
                 optimizer.step()
 
             record = {"step": step, "epoch": epoch, "loss": loss}
             record |= {name: value.item() for name, value in terms.terms.items()}
             record |= {"lr": lr, "images": config.train.batch, "views": config.train.batch * config.views.count}
             if step % HEALTH_EVERY == 0:
+                watchdog.at("look", step)
                 record |= _look(z, counters, step=step, group=group)
             if config.train.digest:
                 record["digest"] = agreed.digest
@@ -299,6 +319,8 @@ def train(
                 save(step, evaluate=evaluate)
     except (TrainingError, torch.OutOfMemoryError) as error:
         return Outcome(step, _as_user_error(error))
+    finally:
+        watchdog.at("end", step)
     return Outcome(step)
 
 
@@ -312,6 +334,8 @@ def run_worker(
     group: dist.ProcessGroup | None,
     rank: int,
     device: torch.device,
+    watchdog: Watchdog,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """One worker's whole part in one start of a run: builds, restores, trains, and writes if it is worker 0."""
     torch.set_num_threads(config.train.threads)
@@ -345,6 +369,8 @@ def run_worker(
             rank=rank,
             device=device,
             writer=writer,
+            watchdog=watchdog,
+            leaving=leaving,
         )
     finally:
         if writer is not None:

@@ -11,8 +11,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ssl_ray import plan, shards, storage, stream, views
-from ssl_ray.config import Config
-from ssl_ray.errors import ResourceError, SslRayError, Stopped
+from ssl_ray.config import Config, Train
+from ssl_ray.errors import ResourceError, SslRayError, Stopped, TrainingError
 from ssl_ray.train import cluster, lease, loop, runs
 from ssl_ray.train.lease import Lease
 
@@ -93,7 +93,7 @@ def open_run(config: Config, *, resume: str) -> Opened:
 def _require_cpus(config: Config) -> None:
     """Raises ResourceError where a Ray of this machine, which counts no more CPUs than there are, could not run the workers."""
     if cluster.is_local():
-        cluster.require_cpus(os.cpu_count() or 1, workers=config.train.workers)
+        cluster.require_cpus(os.cpu_count() or 1, workers=config.train.workers, threads=config.train.threads)
 
 
 def pretrain(config: Config, *, resume: str, leased: bool, progress: Progress) -> dict[str, Any]:
@@ -251,9 +251,8 @@ def made_ready(
     with cluster.ray_session(listen) as session:
         from ssl_ray.train import ray_train
 
-        workers, threads = config.train.workers, config.train.threads
-        resources = ray_train.plan_resources(session.available, workers=workers, threads=threads)
-        progress("stage", {"text": f"starting {workers} worker{'s' * (workers > 1)}"})
+        resources = ray_train.plan_resources(session.available, workers=config.train.workers, threads=config.train.threads)
+        progress("stage", {"text": f"starting {_counted(config.train)}"})
         train = functools.partial(
             ray_train.train,
             config,
@@ -273,12 +272,26 @@ def made_ready(
         )
 
 
+def _counted(train: Train) -> str:
+    fewest, most = train.fewest_workers(), train.most_workers()
+    return (f"{most}" if fewest == most else f"{fewest} to {most}") + " worker" + "s" * (most > 1)
+
+
 def _train_here(opened: Opened, watch: Watch) -> loop.Outcome:
     import torch
+
+    from ssl_ray.train.watchdog import Watchdog
 
     uri, schedule = opened.uri, opened.schedule
     marker = runs.begin_attempt(uri, lease=opened.lease)
     lanes = plan.lanes_of(0, 1, opened.data.plan.lanes)
+
+    def stalled(text: str) -> None:
+        """Nothing can be done about a thread of this process that hangs."""
+        runs.write_failure(uri, {0: text})
+        os.write(2, f"\nssl-ray: {text}\nThe same command continues from the last checkpoint.\n".encode())
+        os._exit(TrainingError.exit_code)
+
     return loop.run_worker(
         opened.config,
         schedule,
@@ -288,6 +301,7 @@ def _train_here(opened: Opened, watch: Watch) -> loop.Outcome:
         group=None,
         rank=0,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        watchdog=Watchdog(opened.config.train.stall_s, step=marker.step, group=None, stalled=stalled),
     )
 
 
@@ -342,7 +356,7 @@ class _Watch:
         if failures != self.failures:
             self.failures = failures
             step = runs.read_marker(self.uri).step
-            text = f"workers died ({runs.newest_failure(self.uri)}): starting them again from step {step}"
+            text = f"workers ended ({runs.newest_failure(self.uri)}): starting them again from step {step}"
             self.progress("stage", {"text": text})
         names = [name for name in runs.segment_names(self.uri) if runs.segment_number(name) > self.starts]
         if not names:

@@ -43,7 +43,7 @@ def profile(config: Config, *, steps: int, progress: Progress) -> dict[str, Any]
         watch = functools.partial(traced, run=uri, steps=steps)
         with made_ready(opened, asked, progress, watch=watch, environment={"CUDA_LAUNCH_BLOCKING": "1"}) as ready:
             drive(opened, ready, asked, progress)
-        return {"workers": config.train.workers} | runs.read_json(_result(uri))
+        return {"workers": config.train.most_workers()} | runs.read_json(_result(uri))
 
 
 @contextlib.contextmanager

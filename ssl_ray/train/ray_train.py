@@ -2,9 +2,14 @@
 
 Ray restarts the workers when one dies. Where they go on is read from the run's commit marker, once, when the streams
 are made; each worker asserts it. Ray's own checkpoints and reports are not used.
+
+How many workers there are is decided at each start of them, from the machines that are there. Before a machine is taken away, and
+when there is room for more workers, they make way: they leave a checkpoint, end, and are started again.
 """
 
 import dataclasses
+import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -13,9 +18,13 @@ import ray
 import ray.data
 import ray.train
 from ray.exceptions import RayTaskError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from ssl_ray import plan, ray_stream, stream
-from ssl_ray.config import Config
+from ssl_ray.config import Config, Train, Workers
 from ssl_ray.errors import ResourceError, SslRayError, TrainingError
 from ssl_ray.train import runs
 from ssl_ray.train.cluster import require_cpus
@@ -26,6 +35,14 @@ if TYPE_CHECKING:
 
 IDLE_STARTS = 5
 """So many starts in a row without a new checkpoint end the run."""
+GROW_EVERY_S = 30.0
+"""Seconds between two looks for room for more workers: each growth costs a start."""
+LEAVE_S = 600.0
+"""Workers that are asked to make way have so long for a step and its checkpoint, then they are killed."""
+WAIT_S = 1.0
+"""Seconds between two looks for room, where there is too little for a start."""
+ROUNDING = 1e-6
+"""Of a worker: sums of shares of CPUs are not exact."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,33 +56,110 @@ class Resources:
     """Bytes of the object store."""
     gpus: bool
 
+    @property
+    def per_worker(self) -> dict[str, float]:
+        return {"CPU": self.worker_cpus} | ({"GPU": 1} if self.gpus else {})
 
-def plan_resources(available: dict[str, float], *, workers: int, threads: int) -> Resources:
+
+def plan_resources(available: dict[str, float], *, workers: int | Workers, threads: int) -> Resources:
     """Shares the cluster's CPUs out: half to the workers, the rest to their streams but for a read-out's part. Of the object
-    store the streams have half.
+    store the streams have half. Where the number of workers may change, these are for each the least: `threads` CPUs to
+    train, as many for its stream.
 
     Raises ResourceError, saying what is missing and what to set, where half a CPU or a GPU a worker is not there.
     """
     cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
-    require_cpus(cpus, workers=workers)
-    if 0 < gpus < workers:
+    require_cpus(cpus, workers=workers, threads=threads)
+    fewest = workers.min if isinstance(workers, Workers) else workers
+    if 0 < gpus < fewest:
         raise ResourceError(
-            f"train.workers={workers} needs a GPU for each; the cluster has {gpus:g} free. Set train.workers={int(gpus)}."
+            f"{fewest} workers (train.workers) need a GPU each; the cluster has {gpus:g} free. Set train.workers={int(gpus)}."
         )
-    worker = min(float(threads), cpus / (2 * workers))
     evaluate = min(1.0, cpus / 8)
+    if isinstance(workers, Workers):
+        return Resources(float(threads), float(threads), min(evaluate, threads / 4), 0, gpus=gpus >= fewest)
+    worker = min(float(threads), cpus / (2 * workers))
     share = (cpus - workers * worker - evaluate) / workers
     worker, share, evaluate = (int(value * 1000) / 1000 for value in (worker, share, evaluate))  # Ray's precision is .0001
     store = int(available.get("object_store_memory", 0.0) / (2 * workers))
     return Resources(worker, share, evaluate, store, gpus=gpus >= workers)
 
 
+def fit_resources(planned: Resources, nodes: list[dict[str, float]], *, workers: int, elastic: bool) -> Resources:
+    """What so many workers' streams may use on these nodes: all that is left, where the number of workers may change; never
+    more than a node has beside a worker, for a task needs it in one place."""
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    store = sum(node.get("object_store_memory", 0.0) for node in nodes)
+    share, stream_store = planned.stream_cpus, planned.stream_store
+    if elastic:
+        share = max(share, (cpus - planned.evaluate_cpus) / workers - planned.worker_cpus)
+        stream_store = int(store / (2 * workers))
+    largest = max((node.get("CPU", 0.0) for node in nodes), default=cpus)
+    share = min(share, max(largest - planned.worker_cpus, largest / 2))
+    return dataclasses.replace(planned, stream_cpus=int(share * 1000) / 1000, stream_store=stream_store)
+
+
+def room(nodes: list[dict[str, float]], planned: Resources) -> int:
+    """The most workers that fit these nodes, their streams, whose tasks may be on any of them, counted too."""
+    needs = planned.per_worker.items()
+    fitting = sum(int(min(node.get(name, 0.0) / need for name, need in needs) + ROUNDING) for node in nodes)
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    return min(fitting, int(cpus / (planned.worker_cpus + planned.stream_cpus) + ROUNDING))
+
+
+def staying_nodes() -> list[dict[str, float]]:
+    """The resources of each node that is there and is not being taken away."""
+    leaving = ray._private.state.state.get_draining_nodes()
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+
+
+class Scaling(ElasticScalingPolicy):
+    """How many workers are started. Ray's own policies know nothing of streams, ask for machines that are being taken away, and
+    learn of those that are gone up to 20 s later (Ray 2.60)."""
+
+    def __init__(self, scaling_config: Any, planned: Resources):
+        super().__init__(scaling_config)
+        self.planned = planned
+        self.tried: int | None = None
+        """Workers of a start that has not succeeded yet."""
+        self.seen = 0
+        """For so many there was room at the newest start."""
+
+    def _count(self) -> int:
+        return min(room(staying_nodes(), self.planned), self.scaling_config.max_workers)
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._maybe_send_resource_request()
+        count, fewest = self._count(), self.scaling_config.min_workers
+        if count < fewest:
+            time.sleep(WAIT_S)  # the controller would ask again at once
+            return NoopDecision()
+        self.seen = count
+        if self.tried is not None and self.tried > fewest:  # what is free may be less than what is there
+            count = min(count, self.tried - 1)
+        self.tried = count
+        return self._get_resize_decision(count)
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> ScalingDecision:
+        self._maybe_send_resource_request()
+        self.tried = None
+        now = time.monotonic()
+        if now - max(worker_group_state.start_time, self._latest_monitor_time) >= GROW_EVERY_S:
+            self._latest_monitor_time = now
+            if self._count() > self.seen:
+                asked = PreemptionInfo(int(1000 * (time.time() + LEAVE_S)), {})
+                for worker in worker_group_state.workers:
+                    worker.actor.mark_preempt.remote(asked)
+        return NoopDecision()
+
+
 class StreamConfig(ray.train.DataConfig):
     """Makes the workers' streams at every start of the worker group, from the committed position."""
 
-    def __init__(self, run: str, lease: int | None, reference: Any, total_steps: int, resources: Resources):
+    def __init__(self, run: str, lease: int | None, reference: Any, total_steps: int, resources: Resources, train: Train):
         super().__init__(datasets_to_split=[])
-        self.run, self.lease, self.reference, self.total_steps, self.resources = run, lease, reference, total_steps, resources
+        self.run, self.lease, self.reference, self.total_steps = run, lease, reference, total_steps
+        self.resources, self.train = resources, train
 
     def configure(self, datasets, world_size, worker_handles=None, worker_node_ids=None, **_):
         marker = runs.begin_attempt(self.run, lease=self.lease)
@@ -76,18 +170,25 @@ class StreamConfig(ray.train.DataConfig):
                 "Ray's logs are in /tmp/ssl-ray-*/session_latest/logs on their machines. Lower memory use or checkpoint.every_s."
             )
         data = ray_stream.fetch(self.reference)
+        elastic = isinstance(self.train.workers, Workers)
+        found = fit_resources(self.resources, staying_nodes(), workers=world_size, elastic=elastic)
         shares = [plan.lanes_of(rank, world_size, data.plan.lanes) for rank in range(world_size)]
-        return [{"train": self._stream(data, lanes, marker.step).iterator()} for lanes in shares]
+        return [{"train": self._stream(data, lanes, marker.step, found).iterator()} for lanes in shares]
 
-    def _stream(self, data: stream.TrainingData, lanes: range, first_step: int):
+    def _stream(self, data: stream.TrainingData, lanes: range, first_step: int, resources: Resources):
         return ray_stream.ray_stream(
             self.reference,
             lanes=lanes,
             first_step=first_step,
             stop_step=self.total_steps,
-            cpus=self.resources.stream_cpus,
-            store=stream.store_bytes(data, len(lanes), share=self.resources.stream_store),
+            cpus=resources.stream_cpus,
+            store=stream.store_bytes(data, len(lanes), share=resources.stream_store),
         )
+
+
+def last_resort_s(stall_s: float) -> float:
+    """Ray's own time-outs come after the watchdog, whose message says more; they count where it hangs with its worker."""
+    return stall_s + 30
 
 
 class KeepFailures(ray.train.UserCallback):
@@ -112,22 +213,31 @@ def _work(given: dict[str, Any]) -> "loop.Outcome":
         return loop.Outcome(runs.read_marker(given["run"]).step, cause)
 
 
+def _raise_in_worker(text: str) -> None:
+    """Has Ray Train see an error of this worker, whose own thread hangs: all workers are killed and started again."""
+    runner = get_train_context().execution_context.training_thread_runner
+    runner.get_exception_queue().put(UserExceptionWithTraceback(TrainingError(text), traceback_str=text))
+
+
 def _work_or_raise(given: dict[str, Any]) -> "loop.Outcome":
     import torch
     import torch.distributed as dist
     from ray.train.torch import get_device
 
     from ssl_ray.train import loop
+    from ssl_ray.train.watchdog import Watchdog
 
     config: Config = given["config"]
     run: str = given["run"]
     torch.set_num_threads(config.train.threads)
     context = ray.train.get_context()
     group = dist.group.WORLD if context.get_world_size() > 1 else None
+    rank, asked = context.get_world_rank(), get_train_context().preemption_context
+    watchdog = Watchdog(config.train.stall_s, step=runs.read_marker(run).step, group=group, stalled=_raise_in_worker)
     shard = ray.train.get_dataset_shard("train")  # comes first: this start of the workers is counted when it is made
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-    batches, rank = ray_stream.ray_batches(tables), context.get_world_rank()
-    return loop.run_worker(
+    batches = ray_stream.ray_batches(tables)
+    outcome = loop.run_worker(
         config,
         given["schedule"],
         given["watch"](batches) if rank == 0 else batches,
@@ -136,7 +246,16 @@ def _work_or_raise(given: dict[str, Any]) -> "loop.Outcome":
         group=group,
         rank=rank,
         device=get_device(),
+        watchdog=watchdog,
+        leaving=lambda: asked.preemption_info is not None,
     )
+    watchdog.close()
+    if outcome.left and rank == 0:
+        gone = asked.preemption_info.preempted_ranks if asked.preemption_info else []
+        text = f"left its machine, which is being taken away, after step {outcome.step}"
+        more = {0: f"made way for more workers after step {outcome.step}"}
+        runs.write_failure(run, dict.fromkeys(gone, text) or more)
+    return outcome
 
 
 def evaluate(uri: str, checkpoint: str | None, *, cpus: float) -> "Future[dict[str, Any]]":
@@ -165,20 +284,42 @@ def train(
     scratch: a folder for what Ray Train notes of its own.  watch: what hands on the batches of worker 0.
     environment: variables of the workers.
     """
+    reference = ray.put(data)
+    # Ray passes these on to the processes that need them.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(last_resort_s(config.train.stall_s))
+    while True:
+        outcome = _train_once(config, schedule, run, lease, reference, resources, scratch, watch, environment)
+        if not outcome.left:
+            return outcome
+
+
+def _train_once(
+    config: Config,
+    schedule: "loop.Schedule",
+    run: str,
+    lease: int | None,
+    reference: Any,
+    resources: Resources,
+    scratch: str,
+    watch: Callable[[Iterator[stream.Batch]], Iterator[stream.Batch]],
+    environment: dict[str, str],
+) -> "loop.Outcome":
+    """Trains until the run ends, or its workers make way."""
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    reference = ray.put(data)
     work: Any = _work  # Ray passes on what it returns, which its annotation does not foresee
-    trainer = TorchTrainer(
+    workers = config.train.workers
+    trainer: Any = TorchTrainer(
         work,
         train_loop_config={"config": config, "run": run, "schedule": schedule, "watch": watch},
         datasets={"train": ray.data.range(1)},
-        dataset_config=StreamConfig(run, lease, reference, schedule.total_steps, resources),
-        torch_config=TorchConfig(timeout_s=300),
+        dataset_config=StreamConfig(run, lease, reference, schedule.total_steps, resources, config.train),
+        torch_config=TorchConfig(timeout_s=int(last_resort_s(config.train.stall_s))),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.train.workers,
+            num_workers=(workers.min, workers.max) if isinstance(workers, Workers) else workers,  # type: ignore[arg-type]
             use_gpu=resources.gpus,
-            resources_per_worker={"CPU": resources.worker_cpus} | ({"GPU": 1} if resources.gpus else {}),
+            resources_per_worker=resources.per_worker,
+            placement_strategy="PACK" if resources.gpus else "SPREAD",  # views stay where they are made, and not all is lost
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # that of Train v2
             storage_path=scratch,
@@ -187,5 +328,6 @@ def train(
             callbacks=[KeepFailures(run)],  # type: ignore[list-item]  # as its documentation says
         ),
     )
-    result: Any = trainer.fit()
-    return result.return_value
+    begin, policy = trainer._initialize_and_run_controller, Scaling(trainer.scaling_config, resources)
+    trainer._initialize_and_run_controller = lambda **given: begin(**given | {"scaling_policy": policy})
+    return trainer.fit().return_value
