@@ -371,9 +371,21 @@ def _default_keys() -> dict[str, Any]:
     return flatten(to_dict(Config()))
 
 
+def _to_workers(given: Any) -> Workers:
+    """{min: 1, max: 4}, as YAML or its mapping."""
+    import yaml
+
+    value = yaml.safe_load(given) if isinstance(given, str) else given
+    if not isinstance(value, dict) or value.keys() != {"min", "max"} or {type(each) for each in value.values()} != {int}:
+        raise ValueError("not of the form {min: N, max: N}")
+    return Workers(**value)
+
+
 def _parser():
     import jsonargparse
 
+    # Without this a value could be the path of a class, whose module would be imported.
+    jsonargparse.typing.register_type(Workers, str, _to_workers, fail_already_registered=False)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
     parser.add_class_arguments(Config)
     return parser
