@@ -98,7 +98,7 @@ def ray_session(listen: Callable[[], None] = lambda: None) -> Iterator[Session]:
 
 
 def answers(address: str) -> bool:
-    """Whether the head of a cluster, at HOST:PORT, takes connections."""
+    """Whether a process of a cluster, at HOST:PORT, takes connections."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()

@@ -11,23 +11,23 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
 import ray.train
 from ray.exceptions import RayTaskError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from ssl_ray import plan, ray_stream, stream
+from ssl_ray import plan, ray_stream, storage, stream
 from ssl_ray.config import Config, Train, Workers
 from ssl_ray.errors import ResourceError, SslRayError, TrainingError
 from ssl_ray.train import runs
-from ssl_ray.train.cluster import require_cpus
+from ssl_ray.train.cluster import answers, require_cpus
 
 if TYPE_CHECKING:
     # Imported where they are used: the actor that makes the streams needs this module, and no torch, which takes a second.
@@ -108,9 +108,15 @@ def room(nodes: list[dict[str, float]], planned: Resources) -> int:
 
 
 def staying_nodes() -> list[dict[str, float]]:
-    """The resources of each node that is there and is not being taken away."""
+    """The resources of each node that is there and is not being taken away.
+
+    A node that has just gone is alive to Ray for ten seconds more: each is asked for an answer.
+    """
     leaving = ray._private.state.state.get_draining_nodes()
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    with ThreadPoolExecutor(min(64, len(nodes) + 1)) as pool:
+        there = pool.map(lambda node: answers(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"), nodes)
+        return [node["Resources"] for node, answered in zip(nodes, there, strict=True) if answered]
 
 
 class Scaling(ElasticScalingPolicy):
@@ -198,7 +204,12 @@ class KeepFailures(ray.train.UserCallback):
         self.run = run
 
     def after_exception(self, run_context, worker_exceptions):
-        runs.write_failure(self.run, {rank: str(error) for rank, error in worker_exceptions.items()})
+        # Those that died come first: the others have lost their connection to them.
+        died = {rank: error for rank, error in worker_exceptions.items() if isinstance(error, WorkerHealthCheckFailedError)}
+        reasons = {rank: storage.one_line(error.health_check_failure) for rank, error in died.items()}
+        runs.write_failure(
+            self.run, reasons | {rank: str(error) for rank, error in worker_exceptions.items() if rank not in died}
+        )
 
 
 def _work(given: dict[str, Any]) -> "loop.Outcome":
