@@ -119,6 +119,7 @@ def test_the_keys_and_their_execution_part_are_these():
         "train.workers",
         "train.threads",
         "train.digest",
+        "train.stall_s",
         "evaluate.every_epochs",
         "checkpoint.every_steps",
         "checkpoint.every_s",

@@ -13,7 +13,7 @@ import numpy as np
 import timing
 
 from ssl_ray import cli, plan
-from ssl_ray.shards.read import MERGE_GAP_BYTES, REQUEST_BYTES, THREADS
+from ssl_ray.shards.read import MERGE_GAP_BYTES, REMOTE_THREADS, REQUEST_BYTES
 
 DOCS = timing.ROOT / "docs"
 IMAGES, SHARDS, IMAGE_BYTES = 10**9, 10**6, 110_000
@@ -59,10 +59,10 @@ def round_requests(made: plan.Plan, order: plan.EpochOrder, round: int, image_by
 
 
 def times(lane: np.ndarray, size: np.ndarray, *, begin: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Begin and end of each request: all workers begin a round at the same time, and each has THREADS requests under way."""
+    """Begin and end of each request: all workers begin a round together, each with REMOTE_THREADS requests under way."""
     took = np.random.default_rng(seed).exponential(LATENCY_S, len(lane)) + size / BYTES_PER_S
     number = np.arange(len(lane)) - np.searchsorted(lane, lane)  # among those of its lane, which lie together
-    queue = lane * THREADS + number % THREADS
+    queue = lane * REMOTE_THREADS + number % REMOTE_THREADS
     by_queue = np.lexsort((number, queue))
     done = np.cumsum(took[by_queue])
     starts = np.flatnonzero(np.diff(queue[by_queue], prepend=-1))
@@ -159,7 +159,7 @@ def page(planned: str, both: list[Load]) -> str:
         rule="---|" * len(both),
         table="\n".join(table),
         seconds=SECONDS,
-        threads=THREADS,
+        threads=REMOTE_THREADS,
         latency=1000 * LATENCY_S,
         rate=BYTES_PER_S / 1e6,
         per_prefix=PER_PREFIX,

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # The surface: a verb or an option more is a decision, and needs its line here.
 OPTIONS = {
-    "pretrain": {"--json", "--resume", "--config"},
+    "pretrain": {"--json", "--resume", "--no-lease", "--config"},
     "evaluate": {"--json", "--step", "--untrained"},
     "plan": {"--json", "--config", "--no-probe", "--images", "--shards", "--mean-bytes", "--images-per-s"},
     "profile": {"--json", "--steps"},
@@ -82,7 +82,7 @@ def test_the_schema_explains_every_key(cli):
         assert row["help"] in text
         assert f"\n{row['key']}=" in f"\n{text}"
     assert "\nloss.beta=auto  [float or auto]\n" in text
-    assert "\ntrain.workers=2  [int]  (may change when a run is continued)\n" in text
+    assert "\ntrain.workers=2  [int or Workers]  (may change when a run is continued)\n" in text
 
 
 def test_differences_of_recipes_are_shown_side_by_side(cli):
