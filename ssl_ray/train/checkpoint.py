@@ -51,14 +51,12 @@ def write_checkpoint(uri: str, shot: Snapshot) -> None:
     runs.write_json(storage.join(uri, "state.json"), {"step": shot.step} | shot.state)
 
 
-_RESTORE = (
-    "Restore it, or begin another run; train.init_from=RUN/checkpoints/NAME begins with the weights of an older checkpoint."
-)
+RESTORE = "Restore it, or begin another run; train.init_from=RUN/checkpoints/NAME begins with the weights of an older checkpoint."
 
 
 def _require(uri: str) -> None:
     if not storage.exists(uri):
-        raise DataError(f"{uri}: this file of the checkpoint is missing. {_RESTORE}")
+        raise DataError(f"{uri}: this file of the checkpoint is missing. {RESTORE}")
 
 
 def _load_tensors(uri: str) -> dict[str, Tensor]:
@@ -67,7 +65,7 @@ def _load_tensors(uri: str) -> dict[str, Tensor]:
     try:
         return load(data)
     except Exception as error:
-        raise DataError(f"{uri}: not a readable safetensors file ({storage.one_line(error)}). {_RESTORE}") from error
+        raise DataError(f"{uri}: not a readable safetensors file ({storage.one_line(error)}). {RESTORE}") from error
 
 
 def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -82,7 +80,7 @@ def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimiz
     for name, value in _load_tensors(optimizer_uri).items():
         index, _, slot = name.partition(".")
         if not index.isdecimal() or int(index) >= len(parameters):
-            raise DataError(f"{optimizer_uri}: {name} is of no parameter of this network. {_RESTORE}")
+            raise DataError(f"{optimizer_uri}: {name} is of no parameter of this network. {RESTORE}")
         like = parameters[int(index)]
         if value.shape == like.shape:  # fused optimisers go over memory as it lies, and channels_last lies otherwise
             value = torch.empty_like(like).copy_(value)
@@ -98,7 +96,7 @@ def load_weights(uri: str, network: nn.Module) -> None:
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
-        raise DataError(f"{at}: not the weights of this network ({storage.one_line(error)[:300]}). {_RESTORE}") from error
+        raise DataError(f"{at}: not the weights of this network ({storage.one_line(error)[:300]}). {RESTORE}") from error
 
 
 def weights_uri(uri: str) -> str:

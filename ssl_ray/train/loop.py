@@ -56,6 +56,17 @@ class Counters:
     collapsed_looks: int = 0
 
 
+def read_counters(state: dict[str, Any], *, step: int, at: str) -> Counters:
+    """The counters in the state.json at `at`, which must be of `step`. Raises DataError."""
+    kinds = {"step": int, "bad_samples": list, "collapsed_looks": int}
+    if {name: type(value) for name, value in state.items()} != kinds or state["step"] != step:
+        raise DataError(f"{at}: damaged, expected {', '.join(kinds)} of step {step}. {checkpoint.RESTORE}")
+    keys = {field.name for field in dataclasses.fields(BadSample)}
+    if not all(isinstance(bad, dict) and bad.keys() == keys for bad in state["bad_samples"]):
+        raise DataError(f"{at}: damaged: bad_samples are no samples. {checkpoint.RESTORE}")
+    return Counters(state["bad_samples"], state["collapsed_looks"])
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How the loop ended: all steps done, or the error that ended it (the same on every worker)."""
@@ -348,8 +359,7 @@ def run_worker(
     if marker.checkpoint is not None:
         at = storage.join(run, "checkpoints", marker.checkpoint)
         state = checkpoint.read_checkpoint(at, network, optimizer)
-        assert state.pop("step") == marker.step, f"{at} is not of step {marker.step}"
-        counters = Counters(**state)
+        counters = read_counters(state, step=marker.step, at=storage.join(at, "state.json"))
     writer = None
     if rank == 0:
         flush_s = 1.0 if storage.is_local(run) else 5.0

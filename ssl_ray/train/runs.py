@@ -115,6 +115,10 @@ def load_run(uri: str) -> dict[str, Any]:
         raise DataError(
             f"{at}: format_version is {record.get('format_version')}, this ssl_ray {__version__} reads {FORMAT_VERSION}."
         )
+    config = record.get("config")
+    whole = isinstance(config, dict) and isinstance(config.get("data"), dict) and isinstance(record.get("identity"), dict)
+    if not whole or not isinstance(record.get("hash"), str):
+        raise DataError(f"{at}: damaged, it does not say what the run is. Restore it, or use another run=URI.")
     return record
 
 
@@ -326,5 +330,5 @@ def _row(uri: str) -> dict[str, Any]:
     done = storage.join(uri, "summary.json")
     summary = read_json(done) if storage.exists(done) else {}
     row = {"run": uri, "status": "complete" if summary else "incomplete", "steps": marker.step}
-    row |= {"data": record["config"]["data"]["uri"], "seed": record["config"]["seed"]}
+    row |= {"data": record["config"]["data"].get("uri"), "seed": record["config"].get("seed")}
     return row | {key: summary.get(key) for key in ("linear_accuracy", "knn_accuracy", "seconds")}

@@ -38,14 +38,14 @@ class Reader:
     def read(self) -> None:
         runs.list_runs(self.uri)
         marker = runs.read_marker(self.uri)
-        build(runs.load_run(self.uri)["config"])
+        build(runs.load_run(self.uri)["config"], source=f"{self.uri}/run.json")
         runs.read_metrics(self.uri)
         runs.best_step(self.uri)
         runs.newest_failure(self.uri)
         if marker.checkpoint is not None:
             at = f"{self.uri}/checkpoints/{marker.checkpoint}"
             state = checkpoint.read_checkpoint(at, self.network, self.optimizer)
-            loop.Counters(**{name: value for name, value in state.items() if name != "step"})
+            loop.read_counters(state, step=marker.step, at=f"{at}/state.json")
             checkpoint.init_from(self.uri, self.network)
         runs.begin_attempt(self.uri)
 
@@ -62,7 +62,7 @@ def case(reader: Reader, whole: Path, name: str, damage: Callable[[bytes], bytes
         record[list(record)[int(key * len(record))]] = value
         path.write_text(json.dumps(record))
     try:
-        with refused_or_done(Path(name).name, reader.uri):
+        with refused_or_done(Path(name).name, reader.uri, "config show", ": got "):  # a key of the configuration, by its name
             reader.read()
     finally:
         shutil.rmtree(reader.uri)
