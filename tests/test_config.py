@@ -76,6 +76,7 @@ OTHER_VALUES = {
     "train.workers": "4",
     "train.threads": "2",
     "train.digest": "true",
+    "train.stall_s": "100",
     "evaluate.every_epochs": "1",
     "evaluate.max_images": "1000",
     "checkpoint.every_steps": "10",

@@ -61,7 +61,7 @@ def read_counters(state: dict[str, Any], *, step: int, at: str) -> Counters:
     kinds = {"step": int, "bad_samples": list, "collapsed_looks": int}
     if {name: type(value) for name, value in state.items()} != kinds or state["step"] != step:
         raise DataError(f"{at}: damaged, expected {', '.join(kinds)} of step {step}. {checkpoint.RESTORE}")
-    keys = {field.name for field in dataclasses.fields(BadSample)}
+    keys = {field.name for field in dataclasses.fields(BadSample)} | {"step"}
     if not all(isinstance(bad, dict) and bad.keys() == keys for bad in state["bad_samples"]):
         raise DataError(f"{at}: damaged: bad_samples are no samples. {checkpoint.RESTORE}")
     return Counters(state["bad_samples"], state["collapsed_looks"])

@@ -47,7 +47,7 @@ class Reader:
             state = checkpoint.read_checkpoint(at, self.network, self.optimizer)
             loop.read_counters(state, step=marker.step, at=f"{at}/state.json")
             checkpoint.init_from(self.uri, self.network)
-        runs.begin_attempt(self.uri)
+        runs.begin_attempt(self.uri, lease=1)
 
 
 def case(reader: Reader, whole: Path, name: str, damage: Callable[[bytes], bytes] | None, value: object, key: float) -> None:
