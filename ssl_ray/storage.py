@@ -30,8 +30,8 @@ CONNECT_S = 5
 STALL_S = 10
 """A connection on which nothing comes for so long is given up."""
 ATTEMPTS = 8
-"""For what fails in a way that may pass, beside the retries of the storage's own client. The pauses between them, drawn up to .5,
-1, 2, ... 20 s, take half a minute on average, 52 s at most; each attempt ends by the timeouts above."""
+"""For what fails in a way that may pass, beside the retries of the storage's own client. The pauses between them, around .5, 1, 2,
+... 20 s, take 38 to 64 s: a server may start again meanwhile. Each attempt ends by the timeouts above."""
 FIRST_PAUSE_S = 0.5
 FEW_ATTEMPTS = 3
 """Before a storage answered this process for the first time, since a wrong endpoint is to be told soon; and for a file that is
@@ -180,7 +180,7 @@ def retried(uri: str, call: Callable[[], T], *, again: Callable[[BaseException],
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(again),
         stop=last,
-        wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE_S, max=20),
+        wait=lambda state: min(20, FIRST_PAUSE_S * 2 ** (state.attempt_number - 1)) * random.uniform(0.75, 1.25),
         before=wait,
         before_sleep=slow_down,
         reraise=True,

@@ -7,12 +7,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from ssl_ray import plan, shards, storage, stream, views
 from ssl_ray.config import Config, Train
-from ssl_ray.errors import ResourceError, SslRayError, Stopped, TrainingError
+from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, TrainingError
 from ssl_ray.train import cluster, lease, loop, runs
 from ssl_ray.train.lease import Lease
 
@@ -320,7 +320,8 @@ def drive(opened: Opened, ready: Ready, asked: _Asked, progress: Progress, *, be
     training = ready.train()
     told = False
     while not training.done():
-        watch.look()
+        with suppress(DataError):  # whether a storage that is away ends the run is for the workers to say
+            watch.look()
         if asked.came and ready.alive is not None:  # is there anything to wait for?
             if not watch.begun:
                 raise Stopped("stopped before the first step; the same command continues.")
@@ -389,9 +390,9 @@ class _Readouts:
             result, self.running = self.running.result(), None
             self.progress("evaluation", result)
         if self.running is None:
-            due = self._due()
-            if due:
-                self.running = self.evaluate(self.uri, due[0])
+            with suppress(DataError):  # a storage that is away; `finish` says so if it stays away
+                for checkpoint in self._due()[:1]:
+                    self.running = self.evaluate(self.uri, checkpoint)
 
     def finish(self, asked: _Asked) -> None:
         """All that are due. Raises Stopped if a signal comes."""
