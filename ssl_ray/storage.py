@@ -30,7 +30,7 @@ CONNECT_S = 5
 STALL_S = 10
 """A connection on which nothing comes for so long is given up."""
 ATTEMPTS = 8
-"""For what fails in a way that may pass, beside the retries of the storage's own client. The pauses between them, around .5, 1, 2,
+"""For what fails in a way that may pass, beside the retries of the storage's own client. The pauses between them, about .5, 1, 2,
 ... 20 s, take 38 to 64 s: a server may start again meanwhile. Each attempt ends by the timeouts above."""
 FIRST_PAUSE_S = 0.5
 FEW_ATTEMPTS = 3
