@@ -37,8 +37,10 @@ PROMPT = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
-"""What every process of a cluster needs in its environment for a machine that is gone, or whose link is cut, to be noticed in ten
-seconds. By default it takes Ray a minute, and tasks that ran there are waited for for more than two."""
+"""What every process of a cluster needs in its environment, drivers too, for a machine that is gone, or whose link is cut, to be
+noticed in ten seconds. By default it takes Ray a minute, and tasks that ran there are waited for for more than two.
+
+All or none: processes without these take the questions of one that has them for an attack, and cut it off (Too many pings)."""
 LISTEN_S = 0.1
 """Seconds between two calls of `listen` while Ray starts."""
 
@@ -151,15 +153,16 @@ def start_ray(folder: Path) -> tuple[dict[str, float], str]:
     """
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    for name, value in PROMPT.items():
-        os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     # Workers that were promised CPUs of a machine that has just gone would wait for them for a minute.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     # Memory of blocks that were trained on is used again at once: fresh pages cost ten times as much as the copy into them.
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "50")
-    if is_local():  # nobody takes this node away, and a process to watch for that takes a second to start
+    if is_local():
+        for name, value in PROMPT.items():
+            os.environ.setdefault(name, value)
+        # Nobody takes this node away, and a process to watch for that takes a second to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ssl_ray.train.cluster import PROMPT
+
 FAULT = Path(__file__).parents[1] / "fault"
 
 HEAD = """
@@ -35,7 +37,7 @@ def cluster(faults: Path) -> Iterator[dict[str, str]]:
         token.write_text(os.urandom(32).hex())
         token.chmod(0o600)
         path = f"{FAULT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
-        env = {"FAULTS": str(faults), "PYTHONPATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        env = {"FAULTS": str(faults), "PYTHONPATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)} | PROMPT
         head = subprocess.Popen(
             [sys.executable, "-c", HEAD, folder],
             env=os.environ | env | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"},
