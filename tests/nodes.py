@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -48,14 +47,14 @@ class Nodes:
         options = ["--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--object-store-memory=200000000", "--block"]
         options += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats", f"--labels=name={name}"]
         options += ["--include-dashboard=false"] if head else []
-        log = (self.folder / f"{name}.log").open("w")
-        self.processes[name] = subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", "start", *where, *options],
-            env={key: value for key, value in (os.environ | self.env).items() if key != "RAY_ADDRESS"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        with (self.folder / f"{name}.log").open("w") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "ray.scripts.scripts", "start", *where, *options],
+                env={key: value for key, value in (os.environ | self.env).items() if key != "RAY_ADDRESS"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         end = time.monotonic() + 90
         while name not in self.alive():
             assert time.monotonic() < end, f"{name} does not join:\n{(self.folder / f'{name}.log').read_text()}"
@@ -66,7 +65,8 @@ class Nodes:
         asked = subprocess.run(
             [sys.executable, "-c", ASK], env=os.environ | self.env, capture_output=True, text=True, timeout=60, check=False
         )
-        return json.loads(asked.stdout) if asked.returncode == 0 else {}
+        found = [line for line in asked.stdout.splitlines() if line.startswith("{")]  # Ray may have something to say besides
+        return json.loads(found[0]) if found else {}
 
     def family(self, name: str) -> list[psutil.Process]:
         """All processes of a node."""
@@ -83,8 +83,9 @@ class Nodes:
     def terminate_raylet(self, name: str) -> None:
         """SIGTERM to the raylet of a node."""
         (raylet,) = [process for process in self.family(name) if process.name() == "raylet"]
-        raylet.send_signal(signal.SIGTERM)
-        self.processes.pop(name).wait(60)
+        raylet.terminate()
+        raylet.wait(60)
+        self.kill(name)
 
     def drain(self, name: str, *, deadline_s: int) -> None:
         """What a cloud's notice becomes: the node is to be left within so many seconds."""

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 VARYING = ("seconds", "data_wait_s")
 """The fields of a step's record that time decides."""
 

@@ -1,0 +1,87 @@
+"""Nodes that die, are taken away and come: the run goes on with as many workers as there is room for, and loses no step."""
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import SMALL, assert_same, finish, newest_step, records, run, start, wait_until
+from nodes import Nodes, several_nodes
+
+KEYS = [*SMALL, "train.batch=32", "checkpoint.every_steps=20", "evaluate.max_images=50", "views.size_px=24", "views.count=4"]
+
+
+class Watched:
+    """A run whose starts are seen."""
+
+    def __init__(self, uri: Path, nodes: Nodes, *keys: str):
+        self.uri = uri
+        self.driver = start("pretrain", f"run={uri}", *KEYS, *keys, env=nodes.env)
+
+    def until(self, condition, what: str) -> None:
+        assert wait_until(condition, self.driver, what), f"the driver ended early:\n{finish(self.driver)[2]}"
+
+    def reach(self, step: int) -> None:
+        self.until(lambda: newest_step(self.uri) >= step, f"step {step}")
+
+    def failures(self) -> list[dict]:
+        return [json.loads(path.read_text()) for path in sorted((self.uri / "failures").glob("*.json"))]
+
+    def ends_of_workers(self, number: int) -> str:
+        """Waits for so many ends of the workers and for twenty steps after; why the last of them was."""
+        self.until(lambda: len(self.failures()) >= number, f"end {number} of the workers")
+        self.reach(self.failures()[-1]["step"] + 20)
+        return str(self.failures()[number - 1]["reasons"])
+
+    def finish(self) -> None:
+        code, _, err = finish(self.driver)
+        assert code == 0, err
+        assert "Traceback" not in err
+
+
+def digests(uri: Path) -> list[tuple[int, int]]:
+    return [(record["step"], record["digest"]) for record in records(uri)]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_workers_follow_nodes_that_die_come_and_are_taken_away(tmp_path):
+    steps = "train.steps=700"
+    code, _, err = run("pretrain", f"run={tmp_path / 'alone'}", "train.workers=0", steps, *KEYS)
+    assert code == 0, err
+    with several_nodes({}) as nodes:
+        nodes.add("head", cpus=0)
+        nodes.add("first", cpus=2)
+        nodes.add("second", cpus=2)
+        watched = Watched(tmp_path / "run", nodes, "train.workers={min: 1, max: 3}", steps)
+        watched.reach(30)
+        nodes.kill("second")
+        watched.ends_of_workers(1)
+        nodes.add("third", cpus=2)
+        assert "made way for more workers" in watched.ends_of_workers(2)
+        before = newest_step(watched.uri)
+        nodes.drain("first", deadline_s=60)
+        assert "left its machine, which is being taken away" in watched.ends_of_workers(3)
+        marker = json.loads((watched.uri / "latest.json").read_text())
+        assert marker["step"] >= before  # no step that was done was lost
+        watched.finish()
+    assert digests(watched.uri) == digests(tmp_path / "alone")
+    assert [record["step"] for record in records(watched.uri)] == list(range(700))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_fixed_number_of_workers_waits_for_a_node_in_the_place_of_one_that_was_ended(tmp_path):
+    steps = "train.steps=120"
+    with several_nodes({}) as nodes:
+        nodes.add("head", cpus=0)
+        nodes.add("first", cpus=1)
+        nodes.add("second", cpus=1)
+        code, _, err = run("pretrain", f"run={tmp_path / 'alone'}", "train.workers=2", steps, *KEYS, env=nodes.env)
+        assert code == 0, err
+        watched = Watched(tmp_path / "run", nodes, "train.workers=2", steps)
+        watched.reach(30)
+        nodes.terminate_raylet("second")
+        watched.until(lambda: bool(watched.failures()), "the end of the workers")
+        nodes.add("third", cpus=1)
+        watched.finish()
+    assert_same(tmp_path / "alone", watched.uri)
