@@ -106,3 +106,16 @@ def ray_processes(title: str, faults: Path) -> list[psutil.Process]:
         except psutil.Error:  # gone meanwhile
             continue
     return sorted(found, key=lambda process: process.info["create_time"])
+
+
+def digests(uri: Path) -> list[tuple[int, int]]:
+    """Each step of a run, as its records tell them, with the digest of its views."""
+    return [(record["step"], record["digest"]) for record in records(uri)]
+
+
+def stop(process: subprocess.Popen) -> None:
+    """SIGTERM, after which a checkpoint is left."""
+    process.terminate()
+    code, _, err = finish(process)
+    assert code == 130, err
+    assert "Traceback" not in err

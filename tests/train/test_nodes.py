@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import SMALL, assert_same, finish, newest_step, records, run, start, wait_until
+from harness import SMALL, assert_same, digests, finish, newest_step, records, run, start, stop, wait_until
 from nodes import Nodes, several_nodes
 
 KEYS = [*SMALL, "train.batch=32", "checkpoint.every_steps=20", "evaluate.max_images=50", "views.size_px=24", "views.count=4"]
@@ -38,21 +38,14 @@ class Watched:
         assert "Traceback" not in err
 
 
-def digests(uri: Path) -> list[tuple[int, int]]:
-    return [(record["step"], record["digest"]) for record in records(uri)]
-
-
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_workers_follow_nodes_that_die_come_and_are_taken_away(tmp_path):
-    steps = "train.steps=700"
-    code, _, err = run("pretrain", f"run={tmp_path / 'alone'}", "train.workers=0", steps, *KEYS)
-    assert code == 0, err
     with several_nodes({}) as nodes:
         nodes.add("head", cpus=0)
         nodes.add("first", cpus=2)
         nodes.add("second", cpus=2)
-        watched = Watched(tmp_path / "run", nodes, "train.workers={min: 1, max: 3}", steps)
+        watched = Watched(tmp_path / "run", nodes, "train.workers={min: 1, max: 3}", "train.steps=100000")
         watched.reach(30)
         nodes.kill("second")
         watched.ends_of_workers(1)
@@ -63,9 +56,12 @@ def test_the_workers_follow_nodes_that_die_come_and_are_taken_away(tmp_path):
         assert "left its machine, which is being taken away" in watched.ends_of_workers(3)
         marker = json.loads((watched.uri / "latest.json").read_text())
         assert marker["step"] >= before  # no step that was done was lost
-        watched.finish()
+        stop(watched.driver)
+    steps = len(records(watched.uri))
+    code, _, err = run("pretrain", f"run={tmp_path / 'alone'}", "train.workers=0", f"train.steps={steps}", *KEYS)
+    assert code == 0, err
     assert digests(watched.uri) == digests(tmp_path / "alone")
-    assert [record["step"] for record in records(watched.uri)] == list(range(700))
+    assert [step for step, _ in digests(watched.uri)] == list(range(steps))
 
 
 @pytest.mark.long
