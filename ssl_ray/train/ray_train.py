@@ -21,6 +21,7 @@ from ray.exceptions import RayTaskError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+from ray.train.v2.api.exceptions import ControllerError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from ssl_ray import plan, ray_stream, storage, stream
@@ -298,10 +299,24 @@ def train(
     reference = ray.put(data)
     # Ray passes these on to the processes that need them.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(last_resort_s(config.train.stall_s))
+    at, failed = -1, 0
     while True:
-        outcome = _train_once(config, schedule, run, lease, reference, resources, scratch, watch, environment)
+        step = runs.read_marker(run).step
+        at, failed = step, failed if step == at else 0
+        try:
+            outcome = _train_once(config, schedule, run, lease, reference, resources, scratch, watch, environment)
+        except ControllerError as error:  # as when a machine goes while workers find each other
+            failed += 1
+            if failed == IDLE_STARTS:
+                raise TrainingError(f"the workers did not start {failed} times at step {step}. {_last_line(error)}") from error
+            runs.write_failure(run, {0: _last_line(error)})
+            continue
         if not outcome.left:
             return outcome
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _train_once(

@@ -17,6 +17,11 @@ from pathlib import Path
 from ssl_ray.train.cluster import PROMPT
 
 ENTER = 'hostname "$1"; mount --bind "$2" "$3"; shift 3; exec "$@"'
+ASK = """
+import ray
+ray.init(log_to_driver=False, logging_level="ERROR")
+print([node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]])
+"""
 PORT = 6380
 MISSING = (
     "needs root"
@@ -42,7 +47,8 @@ class Hosts:
         token = folder / "token"
         token.write_text(os.urandom(32).hex())
         token.chmod(0o600)
-        self.env = PROMPT | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        # Names of hosts mean nothing here, by which gloo finds the network that it is to use.
+        self.env = PROMPT | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "GLOO_SOCKET_IFNAME": "eth0"}
         self.switch = f"sw{os.getpid()}"
         self.numbers: dict[str, int] = {}
         self.processes: dict[str, subprocess.Popen] = {}
@@ -62,7 +68,7 @@ class Hosts:
         return ["ip", "netns", "exec", self._space(name), "unshare", *spaces, *entered]
 
     def add(self, name: str, *, cpus: int) -> None:
-        """Starts a host with a node of Ray's; it joins when it is ready."""
+        """Starts a host with a node of Ray's and waits until it is part of the cluster."""
         number = self.numbers[name] = len(self.numbers) + 1
         space, link = self._space(name), f"p{number}"
         _ip("netns", "add", space)
@@ -80,11 +86,14 @@ class Hosts:
             self.processes[name] = subprocess.Popen(
                 self._on(name, *command, apart=True), env=os.environ | self.env, stdout=log, stderr=log, start_new_session=True
             )
-        if number == 1:
-            answers = ["ip", "netns", "exec", space, "bash", "-c", f"exec 3<>/dev/tcp/10.77.0.1/{PORT}"]
-            end = time.monotonic() + 60
-            while subprocess.run(answers, capture_output=True, check=False, timeout=20).returncode:
-                assert time.monotonic() < end, (self.folder / f"{name}.log").read_text()
+        end = time.monotonic() + 90
+        while f"10.77.0.{number}" not in self.alive():
+            assert time.monotonic() < end, (self.folder / f"{name}.log").read_text()
+
+    def alive(self) -> str:
+        """Addresses of the hosts that Ray says are alive."""
+        with self._start(sys.executable, "-c", ASK) as asked:
+            return asked.communicate(timeout=60)[0]
 
     def cut(self, name: str) -> None:
         """Nothing goes to or from the host any more; nobody is told."""
@@ -99,9 +108,11 @@ class Hosts:
 
     def driver(self, *arguments: str) -> subprocess.Popen:
         """`ssl-ray ...` on the host of the head."""
-        head = next(iter(self.numbers))
+        return self._start(sys.executable, "-m", "ssl_ray", *arguments)
+
+    def _start(self, *command: str) -> subprocess.Popen:
         return subprocess.Popen(
-            self._on(head, sys.executable, "-m", "ssl_ray", *arguments, apart=False),
+            self._on(next(iter(self.numbers)), *command, apart=False),
             cwd=ROOT,
             env=os.environ | self.env | {"RAY_ADDRESS": f"10.77.0.1:{PORT}"},
             stdout=subprocess.PIPE,
