@@ -326,7 +326,7 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
     """{'loss': {'beta': 1}} -> {'loss.beta': 1}; one level, since the value of a key may be a mapping."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {f"{key}": value}
+        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {str(key): value}
     return flat
 
 

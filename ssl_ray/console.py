@@ -225,7 +225,7 @@ def schema(values: list[dict[str, Any]]) -> None:
 
 def _kind(annotation: str) -> str:
     """A type as a reader of YAML names it: `float | tuple[float, ...]` is `float or [float, ...]`."""
-    text = annotation.replace("tuple[", "[").replace("None", "null")
+    text = annotation.replace("tuple[", "[").replace("None", "null").replace("Workers", "{min: int, max: int}")
     while "Literal[" in text:
         before, _, rest = text.partition("Literal[")
         choices, _, after = rest.partition("]")

@@ -76,7 +76,7 @@ OTHER_VALUES = {
     "train.workers": "4",
     "train.threads": "2",
     "train.digest": "true",
-    "train.stall_s": "100",
+    "train.stall_s": "60.0",
     "evaluate.every_epochs": "1",
     "evaluate.max_images": "1000",
     "checkpoint.every_steps": "10",
@@ -274,3 +274,21 @@ print(canonical_hash(identity(Config())), end="")
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
     assert done.stdout == hash_of(Config())
+
+
+def test_the_number_of_workers_may_be_a_range():
+    made = build({}, ["train.workers={min: 2, max: 5}"])
+    assert (made.train.fewest_workers(), made.train.most_workers()) == (2, 5)
+    assert build({"train": {"workers": {"min": 2, "max": 5}}}) == build(to_dict(made)) == made
+    assert hash_of(made) == hash_of(Config())
+    assert message_of("train.workers={min: 3, max: 2}").startswith("train.workers: got {min: 3, max: 2}, expected min of 1 or")
+    assert message_of("train.workers={min: 1}") == (
+        "train.workers: got '{min: 1}', expected a whole number, or {min: N, max: N}."
+    )
+    assert "Use fewer workers" in message_of("train.workers={min: 1, max: 65}")
+
+
+def test_a_value_cannot_name_a_module_to_import():
+    message_of("train.workers=this.Zen")
+    message_of("train.workers={class_path: this.Zen}")
+    assert "this" not in sys.modules

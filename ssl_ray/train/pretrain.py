@@ -252,6 +252,7 @@ def made_ready(
         from ssl_ray.train import ray_train
 
         resources = ray_train.plan_resources(session.available, workers=config.train.workers, threads=config.train.threads)
+        ray_train.require_memory(config, opened.data)
         progress("stage", {"text": f"starting {_counted(config.train)}"})
         train = functools.partial(
             ray_train.train,

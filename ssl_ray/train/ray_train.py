@@ -120,6 +120,36 @@ def staying_nodes() -> list[dict[str, float]]:
         return [node["Resources"] for node, answered in zip(nodes, there, strict=True) if answered]
 
 
+def require_memory(config: Config, data: stream.TrainingData) -> None:
+    """Raises ResourceError where so few workers as train.workers allows would not fit the memory of the largest machine.
+
+    That of GPUs is not known before a worker is there.
+    """
+    from ssl_ray.train.memory import worker_bytes
+
+    workers, made = config.train.workers, data.plan
+    nodes = [node for node in staying_nodes() if node.get("CPU")]
+    if not isinstance(workers, Workers) or not nodes or any(node.get("GPU") for node in nodes):
+        return
+    there = max(node.get("memory", 0.0) for node in nodes)
+    an_image, weights = worker_bytes(config)
+
+    def share(workers: int) -> int:
+        return len(plan.lanes_of(0, workers, made.lanes)) * made.batch // made.lanes
+
+    images = share(workers.min)
+    needs = images * an_image + weights
+    if needs > there:
+        fitting = (n for n in range(workers.min + 1, workers.max + 1) if share(n) * an_image + weights <= there)
+        enough = next(fitting, None)
+        raise ResourceError(
+            f"train.workers={workers}: {workers.min} would have {images} images of a step each, which take {needs / 1e9:.1f} GB "
+            f"(what a pass of two images keeps, in proportion, and the weights); the largest machine has {there / 1e9:.1f} GB.\n"
+            + (f"Set min to {enough} or more, or lower" if enough else "Lower")
+            + " train.batch or views.count."
+        )
+
+
 class Scaling(ElasticScalingPolicy):
     """How many workers are started. Ray's own policies know nothing of streams, ask for machines that are being taken away, and
     learn of those that are gone up to 20 s later (Ray 2.60)."""

@@ -82,7 +82,7 @@ def test_the_schema_explains_every_key(cli):
         assert row["help"] in text
         assert f"\n{row['key']}=" in f"\n{text}"
     assert "\nloss.beta=auto  [float or auto]\n" in text
-    assert "\ntrain.workers=2  [int or Workers]  (may change when a run is continued)\n" in text
+    assert "\ntrain.workers=2  [int or {min: int, max: int}]  (may change when a run is continued)\n" in text
 
 
 def test_differences_of_recipes_are_shown_side_by_side(cli):

@@ -1,0 +1,39 @@
+"""How much memory a worker needs, counted before it is started: on the CPU, from a forward pass of two images."""
+
+import torch
+from torch import Tensor
+
+from ssl_ray.config import Config
+from ssl_ray.model import PIXEL_MEAN, PIXEL_STD
+from ssl_ray.train.loop import compute_loss, make_network
+
+COPIES = {"adam": 4, "adamw": 4, "sgd": 3, "lars": 3}
+"""Numbers held for each weight while training: itself, its gradient and the optimiser's moments."""
+FEW = 2
+"""Images of the pass: one alone has no variance."""
+
+
+def worker_bytes(config: Config) -> tuple[float, int]:
+    """What training takes for each image of a worker's share of a step, which autograd keeps of a pass, and for the weights.
+
+    Allocators, libraries and the loss of much larger batches come on top: it is too little rather than too much.
+    """
+    network, spec = make_network(config, group=None), config.views
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    shape = (FEW, spec.count, spec.channels, spec.size_px, spec.size_px)
+    views = (torch.randint(0, 256, shape, dtype=torch.uint8).float() / 255 - PIXEL_MEAN) / PIXEL_STD
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16),
+    ):
+        loss = compute_loss(network(views), config.loss, group=None)
+    del loss
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    activations = sum(size for at, size in kept.items() if at not in weights)
+    return activations / FEW, 4 * COPIES[config.optim.name] * sum(p.numel() for p in network.parameters())
