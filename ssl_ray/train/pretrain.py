@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from typing import Any
 
 from ssl_ray import plan, shards, storage, stream, views
@@ -293,17 +293,19 @@ def _train_here(opened: Opened, watch: Watch) -> loop.Outcome:
         os.write(2, f"\nssl-ray: {text}\nThe same command continues from the last checkpoint.\n".encode())
         os._exit(TrainingError.exit_code)
 
-    return loop.run_worker(
-        opened.config,
-        schedule,
-        watch(stream.local_batches(opened.data, lanes=lanes, first_step=marker.step, stop_step=schedule.total_steps)),
-        run=uri,
-        marker=marker,
-        group=None,
-        rank=0,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        watchdog=Watchdog(opened.config.train.stall_s, step=marker.step, group=None, stalled=stalled),
-    )
+    batches = stream.local_batches(opened.data, lanes=lanes, first_step=marker.step, stop_step=schedule.total_steps)
+    with closing(Watchdog(opened.config.train.stall_s, step=marker.step, group=None, stalled=stalled)) as watchdog:
+        return loop.run_worker(
+            opened.config,
+            schedule,
+            watch(batches),
+            run=uri,
+            marker=marker,
+            group=None,
+            rank=0,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            watchdog=watchdog,
+        )
 
 
 def _evaluate_here(uri: str, checkpoint: str | None) -> "Future[dict[str, Any]]":

@@ -7,6 +7,7 @@ How many workers there are is decided at each start of them, from the machines t
 when there is room for more workers, they make way: they leave a checkpoint, end, and are started again.
 """
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -275,23 +276,23 @@ def _work_or_raise(given: dict[str, Any]) -> "loop.Outcome":
     context = ray.train.get_context()
     group = dist.group.WORLD if context.get_world_size() > 1 else None
     rank, asked = context.get_world_rank(), get_train_context().preemption_context
-    watchdog = Watchdog(config.train.stall_s, step=runs.read_marker(run).step, group=group, stalled=_raise_in_worker)
-    shard = ray.train.get_dataset_shard("train")  # comes first: this start of the workers is counted when it is made
-    tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-    batches = ray_stream.ray_batches(tables)
-    outcome = loop.run_worker(
-        config,
-        given["schedule"],
-        given["watch"](batches) if rank == 0 else batches,
-        run=run,
-        marker=runs.read_marker(run),
-        group=group,
-        rank=rank,
-        device=get_device(),
-        watchdog=watchdog,
-        leaving=lambda: asked.preemption_info is not None,
-    )
-    watchdog.close()
+    step = runs.read_marker(run).step
+    with contextlib.closing(Watchdog(config.train.stall_s, step=step, group=group, stalled=_raise_in_worker)) as watchdog:
+        shard = ray.train.get_dataset_shard("train")  # comes first: this start of the workers is counted when it is made
+        tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        batches = ray_stream.ray_batches(tables)
+        outcome = loop.run_worker(
+            config,
+            given["schedule"],
+            given["watch"](batches) if rank == 0 else batches,
+            run=run,
+            marker=runs.read_marker(run),
+            group=group,
+            rank=rank,
+            device=get_device(),
+            watchdog=watchdog,
+            leaving=lambda: asked.preemption_info is not None,
+        )
     if outcome.left and rank == 0:
         gone = asked.preemption_info.preempted_ranks if asked.preemption_info else []
         text = f"left its machine, which is being taken away, after step {outcome.step}"
