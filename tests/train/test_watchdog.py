@@ -47,8 +47,7 @@ def what_a_worker_says(group: dist.ProcessGroup, config: Config, uri: str, slow:
         loop.Schedule(6, data.plan.steps_per_epoch, None),
         batches(),
         run=uri,
-        attempt=runs.begin_attempt(uri) if rank == 0 else runs.Attempt(),
-        marker=runs.Marker(),
+        marker=runs.begin_attempt(uri, lease=1) if rank == 0 else runs.Marker(),
         group=group,
         rank=rank,
         device=torch.device("cpu"),
@@ -112,3 +111,17 @@ def test_a_worker_that_is_stopped_is_replaced_and_the_run_equals_the_undisturbed
     assert finish(driver)[0] == 0
     assert not worker.is_running()
     assert_same(tmp_path / "alone", uri)
+
+
+def test_what_comes_after_the_last_step_is_not_watched(tmp_path: Path):
+    arguments = [
+        "pretrain",
+        "--json",
+        *KEYS,
+        f"run={tmp_path}/run",
+        "train.workers=0",
+        "train.stall_s=3",
+        "evaluate.max_images=50",
+    ]
+    code = f"from ssl_ray.cli import main; import time; assert main({arguments}) == 0; time.sleep(6)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=120).returncode == 0
