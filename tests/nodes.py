@@ -73,6 +73,9 @@ class Nodes:
         first = psutil.Process(self.processes[name].pid)
         return [first, *first.children(recursive=True)]
 
+    def has_workers(self, name: str) -> bool:
+        return any("RayTrainWorker" in " ".join(process.cmdline()) for process in self.family(name))
+
     def kill(self, name: str) -> None:
         """SIGKILL to all processes of a node at the same time, as when its machine goes."""
         for process in self.family(name):

@@ -39,6 +39,8 @@ IDLE_STARTS = 5
 """So many starts in a row without a new checkpoint end the run."""
 GROW_EVERY_S = 30.0
 """Seconds between two looks for room for more workers: each growth costs a start."""
+GROW_AGAIN_S = 600.0
+"""Where a start with as many workers as there seems to be room for did not succeed, it is tried again after so long."""
 LEAVE_S = 600.0
 """Workers that are asked to make way have so long for a step and its checkpoint, then they are killed."""
 WAIT_S = 1.0
@@ -181,10 +183,11 @@ class Scaling(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> ScalingDecision:
         self._maybe_send_resource_request()
         self.tried = None
-        now = time.monotonic()
-        if now - max(worker_group_state.start_time, self._latest_monitor_time) >= GROW_EVERY_S:
+        now, started = time.monotonic(), worker_group_state.start_time
+        if now - max(started, self._latest_monitor_time) >= GROW_EVERY_S:
             self._latest_monitor_time = now
-            if self._count() > self.seen:
+            known = self.seen if now - started < GROW_AGAIN_S else worker_group_state.num_workers
+            if self._count() > known:
                 asked = PreemptionInfo(int(1000 * (time.time() + LEAVE_S)), {})
                 for worker in worker_group_state.workers:
                     worker.actor.mark_preempt.remote(asked)
