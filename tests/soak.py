@@ -149,13 +149,12 @@ class Soak:
                 if time.monotonic() >= until:
                     return
                 before = self.newest()
-                name = fault.__name__ if hasattr(fault, "__name__") else "?"
                 self.kills += fault in kills
                 fault()
                 self.faults += 1
                 after_s = self.await_step(before)
                 self.lost_s += max(0.0, after_s - QUIET_S)
-                about = {"fault": self.faults, "kind": name, "step": before, "new_step_after_s": round(after_s, 1)}
+                about = {"fault": self.faults, "kind": fault.__name__, "step": before, "new_step_after_s": round(after_s, 1)}
                 print(json.dumps(about), flush=True)
                 time.sleep(drawn.uniform(1, 8))
 

@@ -74,21 +74,23 @@ def _parse(data: bytes | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _locked(at: str, newest: int, _wait: Callable[[str], None]) -> Iterator[Lease]:
-    with storage.storage_errors(at, "taking the lease"), open(at, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with contextlib.ExitStack() as stack:
+        with storage.storage_errors(at, "taking the lease"):  # of what is done under it the lease knows nothing
+            file = stack.enter_context(open(at, "a+b"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise _Taken(_parse(file.read())["holder"]) from None
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                    raise _without_lease(at, "this file system has no locks") from error
+                raise
             file.seek(0)
-            raise _Taken(_parse(file.read())["holder"]) from None
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-                raise _without_lease(at, "this file system has no locks") from error
-            raise
-        file.seek(0)
-        number = max(newest, _parse(file.read())["number"]) + 1
-        file.truncate(0)
-        file.write(json.dumps(_record(number)).encode())
-        file.flush()
+            number = max(newest, _parse(file.read())["number"]) + 1
+            file.truncate(0)
+            file.write(json.dumps(_record(number)).encode())
+            file.flush()
         yield Lease(number)
 
 
