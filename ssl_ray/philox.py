@@ -11,7 +11,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 # What a draw is for: the third counter word, so that no two uses share a counter.
-CHUNK_ORDER, SAMPLE_ORDER, VIEW, READOUT_SPLIT, DROPOUT, PACK_ORDER = 1, 2, 3, 4, 5, 6
+CHUNK_ORDER, SAMPLE_ORDER, VIEW, READOUT_SPLIT, DROPOUT, PACK_ORDER, CHUNK_TURN = 1, 2, 3, 4, 5, 6, 7
 
 
 def philox(c0, c1, c2, c3, *, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

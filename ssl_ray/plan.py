@@ -1,27 +1,18 @@
 """Which samples are in which step: pure functions of counts and (seed, epoch). No I/O.
 
-The epoch's order is: chunks (short runs of samples of one shard) permuted by (seed, epoch), then the selected samples
-inside each permuted by (seed, epoch, chunk). Nothing of the size of the data set is stored: the chunks' counts (a few
-seconds to set up an epoch of 10^9 samples), and the permutations of those chunks that a worker reads.
+The epoch's order is: chunks (short runs of samples of one shard) permuted by (seed, epoch), the selected samples inside each
+turned by (seed, epoch, chunk). Nothing of the size of the data set is stored: the chunks' counts (a few seconds to set up an
+epoch of 10^9 samples), and the samples of a round when it is read.
 
 A *round* is K steps of the global batch G, so K G consecutive positions of that order. It is dealt in L *lanes* of
-c = K G / L consecutive positions, about twelve chunks each; step k of the round takes the k-th slice of G / L positions
-of every lane. A worker owns a contiguous block of lanes, so a contiguous run of the round's positions: only at the
-borders between workers and between rounds is a chunk read twice. Which samples a step holds depends neither on the
-number of workers nor on where a run was interrupted.
+c = K G / L consecutive positions, about five chunks each, in which the samples of each chunk are permuted; step k of the round
+takes the k-th slice of G / L positions of every lane. A worker owns a contiguous block of lanes, so a contiguous run of the
+round's positions. What a border between workers or rounds leaves of a chunk on either side lies side by side in its shard, up
+to where it was turned, so that hardly anything is read twice, in few requests. Which samples a step holds depends neither on
+the number of workers nor on where a run was interrupted.
 
-Bytes read over bytes needed, simulated with 64 lanes and chunks of some 350 images of 3 kB, each chunk read from its
-first needed image to its last (tests/test_plan_scale.py counts it):
-    chunks a lane    1 worker    8 workers    64 workers
-          8            1.002       1.014        1.123
-         10            1.002       1.013        1.103
-         12            1.001       1.011        1.094
-         16            1.001       1.009        1.070
-Images of more than the reader's merge gap cost nothing at a border: they are requested one by one.
-
-A round holds at most about twelve chunks of 1 MiB for each lane in encoded bytes, 768 MiB with 64 lanes, unless its
-least eight steps or its largest chunk are more; a worker reads its share. Rounds of 64 MiB for a single worker would need
-chunks of 85 KiB: on ImageNet (256 images a step) even eight steps are 215 MiB, with five times the requests.
+A round holds at most about five chunks of 2 MiB for each lane in encoded bytes, 640 MiB with 64 lanes, unless its least eight
+steps or its largest chunk are more; a worker reads its share.
 """
 
 import dataclasses
@@ -30,11 +21,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from ssl_ray.errors import UsageError
-from ssl_ray.philox import CHUNK_ORDER, SAMPLE_ORDER, permutation, philox
+from ssl_ray.philox import CHUNK_ORDER, CHUNK_TURN, SAMPLE_ORDER, permutation, philox
 
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**21
 """About the size of a chunk where images are small or rounds long enough."""
-CHUNKS_PER_LANE = 12
+CHUNKS_PER_LANE = 5
 MIN_STEPS, MAX_STEPS = 8, 64
 """Bounds of the steps in a round."""
 MAX_CHUNKS = 2**23
@@ -112,13 +103,13 @@ class RoundSamples:
 def sizes(*, num_samples: int, num_selected: int, mean_bytes: float, batch: int, lanes: int) -> tuple[int, int]:
     """Rows of a chunk and steps of a round.
 
-    Rounds are as long as lanes of twelve chunks of 1 MiB ask for, between 8 and 64 steps and no longer than an epoch;
-    then chunks are a twelfth of a lane. Where few samples are selected a chunk has more rows for as many samples.
+    Rounds are as long as lanes of five chunks of 2 MiB ask for, between 8 and 64 steps and no longer than an epoch;
+    then chunks are a fifth of a lane. Where few samples are selected a chunk has more rows for as many samples.
     """
     steps_per_epoch = max(1, num_selected // batch)
     wanted = max(1, round(CHUNK_BYTES / max(1.0, mean_bytes)))
     least_rows = -(-num_samples // MAX_CHUNKS)
-    # With 10^9 samples of 3 kB and 256 a step, 64 steps would hold two chunks a lane: 64 workers read 1.6 times too much.
+    # With 10^9 samples of 3 kB and 256 a step, 64 steps would hold two chunks a lane, of the size of a border.
     longest = max(MAX_STEPS, -(-CHUNKS_PER_LANE * least_rows * num_selected * lanes // (max(1, num_samples) * batch)))
     steps = min(max(round(CHUNKS_PER_LANE * wanted * lanes / batch), MIN_STEPS), longest, steps_per_epoch)
     # Quotients of integers are rounded alike on all machines (IEEE 754), so these are too.
@@ -229,25 +220,28 @@ def worker_round(plan: Plan, order: EpochOrder, round: int, lanes: range) -> Rou
     sample(step k, lane l, j) is the position  round K G + l c + k G/L + j  of the epoch's order, c = steps G / L.
     """
     steps, per_step = _steps_in_round(plan, round), plan.batch // plan.lanes
-    first = round * plan.steps_per_round * plan.batch + lanes.start * steps * per_step
-    stop = first + len(lanes) * steps * per_step
+    per_lane = steps * per_step
+    first = round * plan.steps_per_round * plan.batch + lanes.start * per_lane
+    stop = first + len(lanes) * per_lane
     low, high = np.searchsorted(order.end, [first, stop - 1], side="right")
-    ids = order.chunk[low : high + 1]
+    ids, ends = order.chunk[low : high + 1], order.end[low : high + 1]
     counts = plan.selected[ids]
-    ranks = chunk_permutations(plan.seed, order.epoch, ids, counts)
-    begin = int(order.end[low] - counts[0])
-    here = slice(first - begin, stop - begin)
+    starts = ends - counts
+    owner = np.repeat(np.arange(len(ids)), np.minimum(ends, stop) - np.maximum(starts, first))
+    index = np.arange(first, stop) - starts[owner]
+    lane = np.repeat(np.arange(len(lanes)), per_lane)
+    words = _words(plan.seed, order.epoch, ids[owner], index, SAMPLE_ORDER)
+    index = index[np.lexsort((*words, owner, lane))]
+    turn = _words(plan.seed, order.epoch, ids, 0, CHUNK_TURN)[0].astype(np.int64)
+    ranks = (index + turn[owner]) % counts[owner]
     # [positions] -> [lanes, steps, G / L] -> [steps, lanes, G / L]
     shape = (len(lanes), steps, per_step)
-    chunk = np.repeat(ids, counts)[here].reshape(shape).swapaxes(0, 1)
-    return RoundSamples(np.ascontiguousarray(chunk), np.ascontiguousarray(ranks[here].reshape(shape).swapaxes(0, 1)))
+    chunk = ids[owner].reshape(shape).swapaxes(0, 1)
+    return RoundSamples(np.ascontiguousarray(chunk), np.ascontiguousarray(ranks.reshape(shape).swapaxes(0, 1)))
 
 
-def chunk_permutations(seed: int, epoch: int, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64 [sum of counts]: for each chunk in turn a permutation of 0..count-1, a function of (seed, epoch, chunk)."""
-    total, starts = int(counts.sum()), np.cumsum(counts) - counts
-    owner = np.repeat(np.arange(len(ids)), counts)
-    index = np.arange(total) - starts[owner]
-    chunk = np.asarray(ids, np.uint64)[owner]
-    low, high, _, _ = philox(index, chunk & np.uint64(0xFFFFFFFF), SAMPLE_ORDER, chunk >> np.uint64(32), key=(seed, epoch))
-    return index[np.lexsort((low, high, owner))]
+def _words(seed: int, epoch: int, chunk: np.ndarray, index: np.ndarray | int, purpose: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two random words, uint32, for each (chunk, index)."""
+    chunk = np.asarray(chunk, np.uint64)
+    low, high, _, _ = philox(index, chunk & np.uint64(0xFFFFFFFF), purpose, chunk >> np.uint64(32), key=(seed, epoch))
+    return low, high

@@ -57,8 +57,8 @@ HANG_S = 400.0
 class Soak:
     """The disturbed run and what disturbs it."""
 
-    def __init__(self, server: seaweedfs.Server, between: proxy.Proxy, nodes: Nodes, log: Path):
-        self.server, self.between, self.nodes, self.log = server, between, nodes, log
+    def __init__(self, server: seaweedfs.Server, between: proxy.Proxy, nodes: Nodes, log: Path, drawn: random.Random):
+        self.server, self.between, self.nodes, self.log, self.drawn = server, between, nodes, log, drawn
         self.client = server.client()
         self.added, self.faults, self.kills, self.lost_s, self.surprises = 0, 0, 0, 0.0, []  # type: int, int, int, float, list
         self._start()
@@ -113,7 +113,7 @@ class Soak:
 
     def kill_worker(self) -> None:
         workers = [p for p in self._family() if "RayTrainWorker" in " ".join(p.cmdline())]
-        random.choice(workers).kill() if workers else None
+        self.drawn.choice(workers).kill() if workers else None
 
     def kill_driver(self) -> None:
         self.driver.kill()
@@ -141,11 +141,11 @@ class Soak:
                         process.cmdline()
                         yield process
 
-    def disturb(self, drawn: random.Random, until: float) -> None:
+    def disturb(self, until: float) -> None:
         """Four faults of the store and the network for each kill, until then."""
         kills = [self.kill_worker, self.kill_driver, self.kill_node, self.kill_worker, self.terminate_raylet]
         while time.monotonic() < until:
-            for fault in [*_some(drawn, self), kills[self.kills % len(kills)]]:
+            for fault in [*_some(self), kills[self.kills % len(kills)]]:
                 if time.monotonic() >= until:
                     return
                 before = self.newest()
@@ -156,20 +156,20 @@ class Soak:
                 self.lost_s += max(0.0, after_s - QUIET_S)
                 about = {"fault": self.faults, "kind": fault.__name__, "step": before, "new_step_after_s": round(after_s, 1)}
                 print(json.dumps(about), flush=True)
-                time.sleep(drawn.uniform(1, 8))
+                time.sleep(self.drawn.uniform(0.5, 3))
 
 
-def _some(drawn: random.Random, soak: Soak) -> list[Callable[[], None]]:
+def _some(soak: Soak) -> list[Callable[[], None]]:
     """Four faults of the store, a restart of it now and then."""
     faults: list[Callable[[], None]] = []
-    for name in drawn.sample(sorted(STORE), 4):
+    for name in soak.drawn.sample(sorted(STORE), 4):
 
         def fault(name: str = name) -> None:
             soak.break_store(name)
 
         fault.__name__ = name
         faults.append(fault)
-    if drawn.random() < 0.5:
+    if soak.drawn.random() < 0.5:
         faults[0] = soak.restart_server
     return faults
 
@@ -205,7 +205,6 @@ def undisturbed(folder: Path, steps: int, env: dict[str, str]) -> list[dict]:
 
 def soak(folder: Path, *, minutes: float, seed: int) -> dict:
     """Runs it; returns the summary."""
-    drawn = random.Random(seed)
     (folder / "s3").mkdir()
     with seaweedfs.serve(folder / "s3") as server, proxy.serve("127.0.0.1", server.port) as between:
         ssl_ray(server.environment(), "data", "pack", "digits", f"s3://ssl/{DATA}", "--shard-mb", "0.25").ok()
@@ -213,10 +212,10 @@ def soak(folder: Path, *, minutes: float, seed: int) -> dict:
             nodes.add("head", cpus=0)
             nodes.add("one", cpus=2)
             nodes.add("two", cpus=2)
-            disturbed = Soak(server, between, nodes, folder / "driver.log")
+            disturbed = Soak(server, between, nodes, folder / "driver.log", random.Random(seed))
             begun = time.monotonic()
             disturbed.await_step(5)
-            disturbed.disturb(drawn, begun + 60 * minutes)
+            disturbed.disturb(begun + 60 * minutes)
             between.rules = []
             disturbed.driver.terminate()
             disturbed.driver.wait(120)

@@ -19,6 +19,7 @@ PACKAGE = Path(ssl_ray.__file__).parent
 LAYERS = {
     "__init__": 0,
     "config": 0,
+    "deadline": 0,
     "errors": 0,
     "philox": 0,
     "storage": 0,

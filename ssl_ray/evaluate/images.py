@@ -7,7 +7,7 @@ import numpy as np
 
 from ssl_ray import shards, views
 from ssl_ray.errors import DataError
-from ssl_ray.shards import Manifest
+from ssl_ray.shards import Cache, Manifest
 
 MAX_TEST_IMAGES = 50_000
 _BATCH = 512
@@ -15,7 +15,7 @@ _BATCH = 512
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """Some samples of a data set, lowest hash first."""
+    """Some samples of a data set, in its order, so that those of a shard are read together."""
 
     manifest: Manifest
     shards: np.ndarray
@@ -45,6 +45,7 @@ def _lowest(manifest: Manifest, *, count: int, held_out: float, wanted: bool, la
         keep = np.lexsort((row, shard, hashes))[: count + len(bad)]
         hashes, shard, row, label = hashes[keep], shard[keep], row[keep], label[keep]
     good = [i for i, name in enumerate(zip(shard.tolist(), row.tolist(), strict=True)) if name not in bad][:count]
+    good.sort(key=lambda i: (shard[i], row[i]))
     return Chosen(manifest, shard[good], row[good], label[good] if labelled else None)
 
 
@@ -77,11 +78,13 @@ def _some(names: tuple[str, ...] | None) -> str:
     return "(numbers)" if names is None else ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def plain_images(chosen: Chosen, *, channels: int, size_px: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def plain_images(
+    chosen: Chosen, *, channels: int, size_px: int, cache: Cache | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of (uint8 [B, C, H, W] plain views, int64 [B] their positions in `chosen`); unreadable ones are left out."""
     for start in range(0, len(chosen.rows), _BATCH):
         part = slice(start, start + _BATCH)
-        samples = shards.read_samples(chosen.manifest, chosen.shards[part], chosen.rows[part])
+        samples = shards.read_samples(chosen.manifest, chosen.shards[part], chosen.rows[part], cache=cache)
         decoded = views.decode_many(samples.images, channels=channels)
         good = {start + i: image for i, image in enumerate(decoded) if isinstance(image, np.ndarray)}
         if good:

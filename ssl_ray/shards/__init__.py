@@ -1,7 +1,7 @@
 """WebDataset shards at rest: made from images, indexed, checked, and read by ranges."""
 
 from ssl_ray.shards.builtin import located
-from ssl_ray.shards.cache import Cache
+from ssl_ray.shards.cache import Cache, cache_at
 from ssl_ray.shards.check import check, order_note, stats
 from ssl_ray.shards.index import index
 from ssl_ray.shards.manifest import Manifest, bad_digest, bad_samples, index_rows, iter_index, load_manifest
@@ -18,6 +18,7 @@ __all__ = [
     "bad_digest",
     "bad_samples",
     "balanced_thresholds",
+    "cache_at",
     "check",
     "held_out",
     "in_fraction",

@@ -35,6 +35,11 @@ class Cache:
     max_bytes: int
 
 
+def cache_at(folder: str | None, max_bytes: int) -> Cache | None:
+    """That of a configuration (data.cache_dir, data.cache_bytes), which may have none."""
+    return None if folder is None else Cache(storage.absolute(folder), max_bytes)
+
+
 _lock, _full = threading.Lock(), threading.Lock()
 _since_look: dict[str, int] = {}
 """Bytes that this process wrote to a folder since it looked how much there is."""

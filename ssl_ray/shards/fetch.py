@@ -9,11 +9,11 @@ import functools
 import os
 import re
 import threading
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ssl_ray import storage
+from ssl_ray.deadline import within
 from ssl_ray.errors import DataError, SslRayError, UsageError
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ _making = threading.Lock()
 
 def _through_arrow(uri: str, start: int, stop: int) -> bytes:
     try:
-        return _within(ATTEMPT_S, functools.partial(_arrow_range, uri, start, stop))
+        # nothing can end a request of Arrow's
+        return within(ATTEMPT_S, functools.partial(_arrow_range, uri, start, stop))
     except Exception as error:
         forget_sizes()
         told = _told(error)
@@ -106,25 +107,6 @@ def _arrow_range(uri: str, start: int, stop: int) -> bytes:
     if len(data) < expected:
         raise EOFError(f"{len(data)} bytes came, {expected} were asked for")
     return data
-
-
-def _within(seconds: float, call: Any) -> Any:
-    """What `call` returns, in a thread that is left alone if it takes longer: nothing can end a request of Arrow's."""
-    done: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name="fetch").start()
-    try:
-        return done.result(seconds)
-    except TimeoutError as error:
-        if done.done():
-            raise
-        raise TimeoutError(f"not complete after {seconds:g} s") from error
 
 
 def _told(error: Exception) -> Exception:

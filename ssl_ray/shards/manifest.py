@@ -30,7 +30,10 @@ from ssl_ray import storage
 from ssl_ray.errors import DataError
 
 FORMAT_VERSION = 1
-SHARDS_PER_PART = 1024
+SHARDS_PER_PART = 256
+"""A part's footer, of some 400 bytes a shard, is read before the first rows of the part."""
+OPEN_PARTS = 32
+"""Parts whose footers a process keeps."""
 GROUP_ROWS = 8192
 ROWS_AT_ONCE = 2**18
 MAX_SHARDS = 2**24
@@ -344,7 +347,7 @@ _reading = threading.Lock()
 """A ParquetFile is kept and used by one thread at a time: what it buffers ahead belongs to one call."""
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=OPEN_PARTS)
 def _open_part(manifest: Manifest, part: int) -> pq.ParquetFile:
     at = _part_uri(manifest.uri, part)
     filesystem, path = storage.open_storage(at)

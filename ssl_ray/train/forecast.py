@@ -18,7 +18,7 @@ from ssl_ray.config import Config
 from ssl_ray.errors import UsageError
 from ssl_ray.plan import EpochOrder, Plan
 from ssl_ray.shards import Manifest
-from ssl_ray.shards.manifest import ROWS_AT_ONCE
+from ssl_ray.shards.manifest import OPEN_PARTS, ROWS_AT_ONCE
 from ssl_ray.shards.read import merge_ranges
 from ssl_ray.train.loop import compute_loss, make_network, views_on
 from ssl_ray.train.optim import build_optimizer
@@ -28,8 +28,6 @@ _COPIES = {"adam": 3, "adamw": 3, "sgd": 2, "lars": 2}
 """Numbers that a checkpoint holds for each weight: itself and the optimiser's moments."""
 COMMIT_PUTS = 5
 """Objects of a checkpoint: weights, optimiser, state, the segment of metrics, the marker."""
-OPEN_PARTS = 4
-"""Parts of the index that a process keeps open."""
 COUNTED = 512
 """Shares of rounds whose requests are counted; of more, the rest is taken to be alike."""
 PROBE_S = 20.0

@@ -103,14 +103,17 @@ def _kept(at: str, newest: int, wait: Callable[[str], None]) -> Iterator[Lease]:
     def beat() -> None:
         nonlocal record, version
         while not ended.wait(HEARTBEAT_S):
-            try:
+            # A storage that is away: either it comes back, or the driver that takes over is heard of then.
+            with contextlib.suppress(Exception):
                 record = _record(lease.number)
-                version = storage.swap(at, json.dumps(record).encode(), version=version)
-            except storage.Changed:
-                lease.lost = True
-                return
-            except Exception:  # a storage that is away: either it comes back, or the driver that takes over is heard of then
-                continue
+                try:
+                    version = storage.swap(at, json.dumps(record).encode(), version=version)
+                except storage.Changed:
+                    data, now = storage.read_versioned(at)
+                    if now is None or _parse(data)["number"] != lease.number:
+                        lease.lost = True
+                        return
+                    version = now  # by an earlier heartbeat, of which every answer was lost
 
     heart = threading.Thread(target=beat, name="lease", daemon=True)
     heart.start()

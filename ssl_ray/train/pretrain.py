@@ -16,6 +16,8 @@ from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, Train
 from ssl_ray.train import cluster, lease, loop, runs
 from ssl_ray.train.lease import Lease
 
+QUIET_S = 10.0
+"""Where no step comes for so long, it is looked whether the workers wait for machines."""
 POLL_S = 0.5
 """Seconds between two looks at the run's files."""
 ONE_REQUEST_S = 1.0
@@ -52,7 +54,6 @@ def open_data(config: Config) -> tuple[stream.TrainingData, dict[str, str]]:
     digests = {"data.digest": manifest.digest, "data.excluded": shards.bad_digest(manifest)}
     if config.data.eval_uri is not None:
         digests["data.eval_digest"] = shards.load_manifest(config.data.eval_uri).digest
-    folder = config.data.cache_dir
     data = stream.prepare(
         manifest,
         spec=config.views,
@@ -62,7 +63,7 @@ def open_data(config: Config) -> tuple[stream.TrainingData, dict[str, str]]:
         held_out=config.data.eval_fraction if config.data.eval_uri is None else 0.0,
         batch=config.train.batch,
         lanes=config.train.num_lanes(),
-        cache=None if folder is None else shards.Cache(storage.absolute(folder), config.data.cache_bytes),
+        cache=shards.cache_at(config.data.cache_dir, config.data.cache_bytes),
     )
     return data, digests
 
@@ -224,6 +225,8 @@ class Ready:
     evaluate: Evaluate
     alive: Callable[[], bool] | None
     """Whether Ray is still there; None where training is in this process, and has to be waited for."""
+    missing: "Callable[[], Future[str]] | None"
+    """What the workers wait for before they can start; empty: nothing. None where there are none."""
 
 
 @contextmanager
@@ -238,7 +241,7 @@ def made_ready(
     if config.train.workers == 0:
         os.environ |= environment or {}
         with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
-            yield Ready(lambda: pool.submit(_train_here, opened, watch), _evaluate_here, alive=None)
+            yield Ready(lambda: pool.submit(_train_here, opened, watch), _evaluate_here, alive=None, missing=None)
         return
     _require_cpus(config)
     progress("stage", {"text": "starting Ray"})
@@ -270,6 +273,7 @@ def made_ready(
             lambda: session.call(train),
             functools.partial(ray_train.evaluate, cpus=resources.evaluate_cpus),
             alive=lambda: cluster.answers(session.address),
+            missing=lambda: session.call(functools.partial(ray_train.missing, resources, workers=config.train.workers)),
         )
 
 
@@ -320,11 +324,14 @@ def drive(opened: Opened, ready: Ready, asked: _Asked, progress: Progress, *, be
     """Trains, and from the first step on calls `beside` now and then until it is to stop; raises what ended the run early."""
     uri = opened.uri
     watch = _Watch(uri, progress)
+    waiting = None if ready.missing is None else _Waiting(ready.missing, progress)
     training = ready.train()
     told = False
     while not training.done():
         with suppress(DataError):  # whether a storage that is away ends the run is for the workers to say
             watch.look()
+        if waiting is not None:
+            waiting.look(watch.seen)
         if asked.came and ready.alive is not None:  # is there anything to wait for?
             if not watch.begun:
                 raise Stopped("stopped before the first step; the same command continues.")
@@ -372,6 +379,28 @@ class _Watch:
             if record["step"] > self.seen:
                 self.progress("step", record)
                 self.seen, self.begun = record["step"], True
+
+
+class _Waiting:
+    """Says, once, what workers wait for that do not start."""
+
+    def __init__(self, missing: "Callable[[], Future[str]]", progress: Progress):
+        self.missing, self.progress = missing, progress
+        self.step, self.since, self.told = -1, time.monotonic(), ""
+        self.asking: Future[str] | None = None
+
+    def look(self, step: int) -> None:
+        """step: the newest."""
+        if step != self.step:
+            self.step, self.since, self.told = step, time.monotonic(), ""
+        if self.asking is None and time.monotonic() - self.since > QUIET_S:
+            self.asking = self.missing()
+        if self.asking is not None and self.asking.done():
+            text = "" if self.asking.exception() else self.asking.result()  # of a Ray that is gone it is heard elsewhere
+            self.asking, self.since = None, time.monotonic()
+            if text and text != self.told:
+                self.progress("stage", {"text": text})
+            self.told = text
 
 
 class _Readouts:

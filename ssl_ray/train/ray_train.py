@@ -123,6 +123,15 @@ def staying_nodes() -> list[dict[str, float]]:
         return [node["Resources"] for node, answered in zip(nodes, there, strict=True) if answered]
 
 
+def missing(planned: Resources, *, workers: int | Workers) -> str:
+    """What is missing of the cluster for so many workers, or for the fewest; empty: nothing."""
+    fewest, there = workers.min if isinstance(workers, Workers) else workers, room(staying_nodes(), planned)
+    if there >= fewest:
+        return ""
+    each = f"{planned.worker_cpus:g} CPUs, {planned.stream_cpus:g} more for data" + (" and a GPU" if planned.gpus else "")
+    return f"waiting for machines: there is room for {there} of {fewest} workers, which need {each}, each"
+
+
 def require_memory(config: Config, data: stream.TrainingData) -> None:
     """Raises ResourceError where so few workers as train.workers allows would not fit the memory of the largest machine.
 

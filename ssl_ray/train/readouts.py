@@ -1,5 +1,6 @@
 """Read-outs of a run's checkpoints: the weights of a step, features of plain images, numbers in RUN/evaluations/."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,15 @@ def _nothing_readable(chosen: Chosen) -> DataError:
     return DataError(f"{uri}: no image for the read-outs can be read. Run `ssl-ray data check {uri}`.")
 
 
+def _plain(chosen: Chosen, config: Config) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    cache = shards.cache_at(config.data.cache_dir, config.data.cache_bytes)
+    return plain_images(chosen, channels=config.views.channels, size_px=config.views.size_px, cache=cache)
+
+
 def _features(network: Any, chosen: Chosen, config: Config) -> tuple[np.ndarray, np.ndarray | None, int]:
     """h [n, D], labels [n] or None, and how many images could not be read."""
-    views = config.views
     parts, kept = [], []
-    for images, positions in plain_images(chosen, channels=views.channels, size_px=views.size_px):
+    for images, positions in _plain(chosen, config):
         parts.append(features(network.features, images))
         kept.append(positions)
     if not parts:
@@ -53,7 +58,7 @@ def evaluate_run(uri: str, *, checkpoint: str | None, threads: int = 1) -> dict[
         load_weights(storage.join(uri, "checkpoints", checkpoint), network)
     else:
         some, _ = choose(manifest, eval_manifest, held_out=data.eval_fraction, max_images=CALIBRATION_IMAGES)
-        parts = [part for part, _ in plain_images(some, channels=config.views.channels, size_px=config.views.size_px)]
+        parts = [part for part, _ in _plain(some, config)]
         if not parts:
             raise _nothing_readable(some)
         calibrate_batch_norm(network.encoder, np.concatenate(parts), batch=256, encode=network.features)

@@ -26,7 +26,7 @@ from ssl_ray import __version__, storage
 from ssl_ray.config import Config, canonical_hash, identity, to_dict
 from ssl_ray.errors import DataError, ResourceError, RunMismatchError, UsageError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MOVES = 5
 """So often a new start tries to change the marker, while workers of earlier ones commit."""
 

@@ -4,11 +4,14 @@ Each worker tells the others through the key-value store of their process group,
 while steps are taken nothing is sent. It knows neither Ray nor the loop.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 
 import torch.distributed as dist
+
+from ssl_ray.deadline import within
 
 TELL_AFTER = 0.1
 """Of the time that counts as a stall: a worker that is at one part for so long tells the others where it is."""
@@ -69,7 +72,8 @@ class Watchdog:
     def _tell(self, place: str) -> None:
         if self._store is not None:
             store = self._store
-            within(ANSWER_S, lambda: store.set(f"place/{self.rank}", place))
+            with contextlib.suppress(Exception):  # of a store that is stopped, or gone
+                within(ANSWER_S, lambda: store.set(f"place/{self.rank}", place))
 
     def _places(self) -> dict[int, str | None]:
         """Where each worker said it is; None: it said nothing; empty: it goes on."""
@@ -80,15 +84,9 @@ class Watchdog:
                 if self._store is not None and self._store.check([f"place/{rank}"]):
                     places[rank] = self._store.get(f"place/{rank}").decode()
 
-        within(ANSWER_S, ask)
+        with contextlib.suppress(Exception):
+            within(ANSWER_S, ask)
         return dict(places)
-
-
-def within(seconds: float, work: Callable[[], object]) -> None:
-    """Does `work` in a thread, and no longer waits for it after so many seconds."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
 
 
 def describe_stall(stall_s: float, places: dict[int, str | None]) -> str:

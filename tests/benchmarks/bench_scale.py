@@ -22,8 +22,8 @@ LATENCY_S, BYTES_PER_S = 0.03, 2e8
 """Of an answer: an exponential time to its first byte, and the rate of the rest; of no store in particular."""
 SECONDS = 40
 LOOK_S = 0.05
-LONGER = (24, 90)
-"""Steps of a round that the plan could have instead; with 90 a share of a round is twelve chunks."""
+LONGER = (24, 40)
+"""Steps of a round that the plan could have instead; with 40 a share of a round is five chunks."""
 PER_PREFIX = 1000
 """Shards with one prefix of the key, as shard-0123 of shard-0123456.tar."""
 

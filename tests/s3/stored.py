@@ -13,7 +13,8 @@ from ssl_ray.config import build
 from ssl_ray.shards import fetch
 from ssl_ray.train.pretrain import open_data
 
-KEYS = ("views.count=2", "views.size_px=8", "views.channels=1", "train.batch=128")
+KEYS = ("views.count=2", "views.size_px=8", "views.channels=1", "data.fraction=0.84", "train.batch=112")
+"""An epoch leaves out none of the 1,344 images, so that the second has no others."""
 
 
 def batches(uri: str, *keys: str, epochs: int = 1) -> Iterator[tuple[int, str, bytes]]:

@@ -8,12 +8,15 @@ import sys
 import threading
 import time
 
+import proxy
 import pytest
 from command import ssl_ray
 from seaweedfs import BUCKET, Server
+from stored import Store
 from test_s3 import objects, steps
 
 from ssl_ray import storage
+from ssl_ray.train import lease
 
 KEYS = ("views.count=2", "model.projector_dim=16", "train.workers=0", "train.digest=true", "checkpoint.every_steps=20")
 
@@ -96,3 +99,29 @@ def test_a_driver_that_slept_while_another_took_over_its_run_commits_nothing(ser
     assert marker["lease"] == 2
     assert json.loads(found["runs/asleep/lease"])["holder"] is None
     assert ssl_ray(server.environment(), "evaluate", run, "--json").ok()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(120)
+def test_a_heartbeat_that_arrived_but_whose_answers_were_all_lost_is_ones_own(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.5)
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)  # beside those of the client
+    run = f"s3://{BUCKET}/runs/unheard"
+    storage.write_atomic(f"{run}/run.json", b"{}")
+
+    def beats() -> int:
+        return sum(request.line.startswith("PUT") and "unheard/lease " in request.line for request in store.between.log)
+
+    def await_beats(more: int) -> None:
+        before, until = beats(), time.monotonic() + 60
+        while beats() < before + more:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+    with lease.held(run, wait=pytest.fail) as held:
+        store.between.rules = [proxy.Rule("reset", times=1000, match="unheard/lease ")]
+        await_beats(12)  # at most five of these are one heartbeat's
+        store.between.rules = []
+        await_beats(3)
+        assert not held.lost
+    assert json.loads(storage.read_bytes(f"{run}/lease"))["holder"] is None

@@ -258,15 +258,15 @@ def test_indexing_again_takes_what_is_there_now(tmp_path):
 
 
 def test_the_whole_index_comes_in_order_over_parts_and_row_groups(tmp_path):
-    counts = [1 + i % 3 for i in range(1100)]  # more shards than one part holds
+    counts = [1 + i % 3 for i in range(300)]  # more shards than one part holds
     image = picture(0)
     for i, count in enumerate(counts):
         write_tar(tmp_path / f"{i:04d}.tar", [(f"{n}.png", image) for n in range(count)])
     manifest = shards.index(str(tmp_path))
     tables = list(shards.iter_index(manifest, ["shard", "key"]))
-    assert [s for table in tables for s in table["shard"].to_pylist()] == np.repeat(np.arange(1100), counts).tolist()
+    assert [s for table in tables for s in table["shard"].to_pylist()] == np.repeat(np.arange(300), counts).tolist()
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["part-00000.parquet", "part-00001.parquet"]
-    for shard in (0, 1023, 1024, 1099):
+    for shard in (0, 255, 256, 299):
         assert shards.index_rows(manifest, shard)["key"].to_pylist() == [str(n) for n in range(counts[shard])]
     for path in sorted(tmp_path.glob("*.tar"))[3:]:
         path.unlink()

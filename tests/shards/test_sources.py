@@ -34,7 +34,7 @@ def write_files(root: Path, files: dict[str, bytes]) -> None:
 
 def test_the_public_names_are_these():
     assert set(shards.__all__) == {
-        *("Cache", "Manifest", "Samples", "Source"),
+        *("Cache", "cache_at", "Manifest", "Samples", "Source"),
         *("open_source", "pack", "index", "check", "stats", "order_note", "located"),
         *("load_manifest", "index_rows", "iter_index", "bad_samples", "bad_digest", "read_samples"),
         *("in_fraction", "held_out", "balanced_thresholds"),

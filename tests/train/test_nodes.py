@@ -1,6 +1,7 @@
 """Nodes that die, are taken away and come: the run goes on with as many workers as there is room for, and loses no step."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,12 @@ class Watched:
         self.reach(self.failures()[-1]["step"] + 20)
         return str(self.failures()[number - 1]["reasons"])
 
-    def finish(self) -> None:
+    def finish(self) -> str:
+        """What it said."""
         code, _, err = finish(self.driver)
         assert code == 0, err
         assert "Traceback" not in err
+        return err
 
 
 @pytest.mark.long
@@ -78,6 +81,7 @@ def test_a_fixed_number_of_workers_waits_for_a_node_in_the_place_of_one_that_was
         watched.reach(30)
         nodes.terminate_raylet("second")
         watched.until(lambda: bool(watched.failures()), "the end of the workers")
+        time.sleep(25)  # it says what it waits for
         nodes.add("third", cpus=1)
-        watched.finish()
+        assert "waiting for machines: there is room for 1 of 2 workers, which need 0.5 CPUs" in watched.finish()
     assert_same(tmp_path / "alone", watched.uri)
