@@ -115,7 +115,7 @@ def storage_errors(uri: str, doing: str) -> Iterator[None]:
             raise DataError(f"{uri}: the file system is read-only ({doing}). Use another path.") from error
         raise DataError(f"{uri}: {doing} failed: {one_line(error)}. Check the storage and the network.") from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs"):
+        if _package(error) in ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "google", "azure"):
             message = one_line(error)
             raise DataError(f"{uri}: {doing} failed: {message}. Check credentials, endpoint and network.") from error
         raise
@@ -132,13 +132,19 @@ _resume_at = 0.0
 """Nothing is asked of a storage before (time.monotonic): it said that this process asks too much."""
 
 
+def _package(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether a failure of a storage may be gone a little later."""
     if isinstance(error, OSError):
         return not isinstance(error, _LASTING) and error.errno not in _LASTING_ERRNO
-    package = type(error).__module__.partition(".")[0]
-    if package == "aiohttp":
-        return getattr(error, "status", 500) >= 500
+    package = _package(error)
+    if package in ("aiohttp", "gcsfs", "azure"):
+        found = [getattr(error, name, None) for name in ("status", "code", "status_code")]
+        status = next((value for value in found if isinstance(value, int)), 500)
+        return status >= 500 or status == 429
     return package in ("botocore", "aiobotocore") and any(base.__name__ == "HTTPClientError" for base in type(error).__mro__)
 
 

@@ -1,6 +1,6 @@
-"""Ranges of bytes of shards: of local files by pread, of s3, gs and abfs through Arrow's clients, of others through fsspec.
+"""Ranges of bytes of shards: of local files by pread, of S3 through Arrow's client, of others through fsspec.
 
-Arrow's clients work outside of Python's lock, so that threads read beside one another and beside the making of views. A shard
+Arrow's client works outside of Python's lock, so that threads read beside one another and beside the making of views. A shard
 costs them one request for its size in each process, then one for each range. Endpoint, region and credentials of S3 are those
 that botocore finds, as for s3fs: Arrow's own search knows fewer of the standard places.
 """
@@ -25,8 +25,6 @@ and pauses of `storage`, a range that cannot be had ends in an error after half 
 at all, and after 17 minutes at the very most."""
 OPEN_SHARDS = 4096
 """Of so many shards the sizes are remembered, 1 kB each."""
-ARROW = ("s3", "gs", "gcs", "abfs", "abfss")
-"""Protocols that Arrow reads."""
 
 MISSING = "the shard is missing"
 
@@ -40,8 +38,7 @@ def fetch(uri: str, start: int, stop: int) -> bytes:
 
     Raises Gone if there is no such file, DataError if it may not be read or keeps failing.
     """
-    protocol = uri.partition("://")[0]
-    read = _pread if storage.is_local(uri) else _through_arrow if protocol in ARROW else _through_fsspec
+    read = _pread if storage.is_local(uri) else _through_arrow if uri.startswith("s3://") else _through_fsspec
     attempts = 0
 
     def attempt() -> bytes:
@@ -101,7 +98,7 @@ def _through_arrow(uri: str, start: int, stop: int) -> bytes:
 
 
 def _arrow_range(uri: str, start: int, stop: int) -> bytes:
-    file = _open(uri, _credentials() if uri.startswith("s3") else None)
+    file = _open(uri, _credentials())
     expected = max(0, min(stop, file.size()) - start)
     data = file.read_at(expected, start) if expected else b""
     if len(data) < expected:
@@ -124,22 +121,13 @@ def _told(error: Exception) -> Exception:
 @functools.lru_cache(maxsize=OPEN_SHARDS)
 def _open(uri: str, credentials: Any) -> Any:
     """An open pyarrow file, which any number of threads may read ranges of."""
-    protocol, _, path = uri.partition("://")
-    root = path.partition("/")[0]
+    path = uri.removeprefix("s3://")
     try:
         with _making:
-            filesystem, base = (_s3(root, credentials), root) if protocol == "s3" else _from_uri(f"{protocol}://{root}")
+            filesystem = _s3(path.partition("/")[0], credentials)
     except (ValueError, NotImplementedError) as error:  # Arrow's ArrowInvalid is a ValueError
         raise UsageError(f"{uri}: {storage.one_line(error)}. Check the URI.") from error
-    return filesystem.open_input_file(base.rstrip("/") + path[len(root) :])
-
-
-@functools.lru_cache(maxsize=8)
-def _from_uri(root: str) -> "tuple[FileSystem, str]":
-    from pyarrow.fs import FileSystem
-
-    limit = f"?retry_limit_seconds={storage.STALL_S}" if root.startswith("g") else ""  # Google's client has one of 15 minutes
-    return FileSystem.from_uri(root + limit)
+    return filesystem.open_input_file(path)
 
 
 @functools.cache
