@@ -181,9 +181,9 @@ How each line is counted:
 
 - *gets* and *read per epoch*: the ranges that a worker asks for in a round, merged as the reader merges them, over 512 shares of
   rounds spread over the epoch; images of a shard are taken to be equal and to lie side by side.
-- *index requests*: a worker asks for the rows of every shard of its round, once a round. Of a data set of more than four parts
-  of the index (4,096 shards), size and footer of the part are asked for again too: the footer of a part of 1,024 shards of 1,000
-  images has 401 kB, the rows of a shard 20 kB. Here that is 7 % of the bytes of the images and a sixth of the requests.
+- *index requests*: a worker asks for the rows of every shard of its round, once a round, 23 kB of 1,000 images. Of a data set of
+  more than 64 parts of the index (10,240 shards) it asks for the size of the part and its last 64 KiB again, too. Here that is two
+  thirds of the requests, and less than one percent of the bytes.
 - *index requests at start*: the driver reads shard, hash and label of all samples once, some 10 bytes a sample.
 - *plan*: in the driver, and once in the object store of each machine; *plan of an epoch*: in each process that makes or counts
   rounds, which sets it up once an epoch.
@@ -191,7 +191,7 @@ How each line is counted:
 - *checkpoints*: worker 0 writes weights, optimiser, state, metrics and marker, every `checkpoint.every_s` seconds.
 
 A plan has at most 2^23 chunks, so those of 10^9 images have 120 images each. A worker's share of a round of eight steps is 128
-images, about one chunk: parts of two, which lie scattered in them, so that a GET has few images.
+images, about one chunk: parts of two, in each of which they lie side by side.
 
 ## Is the load even?
 
@@ -209,9 +209,10 @@ rounds that are longer than the plan's, and as many requests at the same times o
 *On a shard*: requests under way. *Of a prefix*: keys with the same beginning, {per_prefix:,} shards each, by which object stores
 split their load; S3 answers some 5,500 GETs a second for a prefix before it splits it.
 
-It is even in that no shard or prefix stays busy: the epoch's order is drawn anew over all chunks. It comes in clumps, since the
-GETs of a chunk come together, and those of its two workers at the same time. The most that a prefix gets in a second is far below
-what a store gives. Longer rounds have fewer and larger GETs, for memory: with 90 steps a worker has 11 times the bytes in flight.
+It is even in that no shard or prefix stays busy: the epoch's order is drawn anew over all chunks, and a prefix gets at most 1.6
+times what it would if each request chose a shard by itself. What a worker has of a chunk is asked for at a time, in a few GETs, so that
+a shard may have these under way at once, and seldom those of a second worker. The most that a prefix gets in a second is far below
+what a store gives. Longer rounds have larger GETs, for memory: with 40 steps a worker has five times the bytes in flight.
 """
 
 

@@ -266,7 +266,7 @@ def test_the_whole_index_comes_in_order_over_parts_and_row_groups(tmp_path):
     tables = list(shards.iter_index(manifest, ["shard", "key"]))
     assert [s for table in tables for s in table["shard"].to_pylist()] == np.repeat(np.arange(300), counts).tolist()
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["part-00000.parquet", "part-00001.parquet"]
-    for shard in (0, 255, 256, 299):
+    for shard in (0, 159, 160, 299):
         assert shards.index_rows(manifest, shard)["key"].to_pylist() == [str(n) for n in range(counts[shard])]
     for path in sorted(tmp_path.glob("*.tar"))[3:]:
         path.unlink()
