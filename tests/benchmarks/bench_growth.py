@@ -24,6 +24,8 @@ AXES = {
     "train.workers": [0, 1, 2, 4],
 }
 """What grows, one at a time from BASE; `images` are those of the data set, which has no key."""
+GROWS = {"views.count": 1, "train.batch": 1, "views.size_px": 2, "images": 0, "train.workers": 0}
+"""The power of each axis with which the work of a step grows."""
 NAMES = {
     "views.count": "views of an image",
     "train.batch": "images in a step",
@@ -96,26 +98,32 @@ def page(points: list[Point]) -> str:
 
 
 def plot(points: list[Point], path: Path) -> None:
-    """A column for each axis: time above, memory below; lines through the origin would be straight."""
+    """A column for each axis: time above, on logarithmic scales, memory below; dotted: in proportion to the work."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, cells = pyplot.subplots(2, len(AXES), figsize=(14, 5), layout="constrained", sharey="row")
-    for column, axis in enumerate(AXES):
+    for (times, memory), (axis, power) in zip(cells.T, GROWS.items(), strict=True):
         mine = [point for point in points if point.axis == axis]
         x = [point.value for point in mine]
-        cells[0][column].plot(x, [1000 * point.step_s for point in mine], "o-", label="step")
-        cells[0][column].plot(x, [1000 * point.making_s for point in mine], "s--", label="making views")
-        cells[1][column].plot(x, [point.peak_bytes / 2**20 for point in mine], "o-")
-        cells[1][column].set_xlabel(NAMES[axis])
-        for row in (0, 1):
-            cells[row][column].set_ylim(bottom=0)
-            cells[row][column].grid(alpha=0.3)
-            if axis == "images":
-                cells[row][column].set_xscale("log")
+        times.plot(x, [1000 * point.step_s for point in mine], "o-", label="step")
+        times.plot(x, [1000 * point.making_s for point in mine], "s--", label="making views")
+        if power:
+            due = [1000 * mine[0].step_s * (value / x[0]) ** power for value in x]
+            times.plot(x, due, ":", color="black", linewidth=0.8, label="in proportion to the work")
+        times.set_yscale("log")
+        memory.plot(x, [point.peak_bytes / 2**20 for point in mine], "o-")
+        memory.set_xlabel(NAMES[axis])
+        for cell in (times, memory):
+            if axis != "train.workers":
+                cell.set_xscale("log", base=2)
+            cell.set_xticks(x, [f"{value:,}" for value in x])
+            cell.minorticks_off()
+            cell.grid(alpha=0.3)
+    cells[1][0].set_ylim(bottom=0)
     cells[0][0].set_ylabel("ms a step")
     cells[1][0].set_ylabel("MiB of a worker")
-    cells[0][0].legend(frameon=False)
+    cells[0][3].legend(*cells[0][0].get_legend_handles_labels(), frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)

@@ -181,9 +181,9 @@ How each line is counted:
 
 - *gets* and *read per epoch*: the ranges that a worker asks for in a round, merged as the reader merges them, over 512 shares of
   rounds spread over the epoch; images of a shard are taken to be equal and to lie side by side.
-- *index requests*: a worker asks for the rows of every shard of its round, once a round, 23 kB of 1,000 images. Of a data set of
-  more than 64 parts of the index (10,240 shards) it asks for the size of the part and its last 64 KiB again, too. Here that is two
-  thirds of the requests, and less than one percent of the bytes.
+- *index requests*: a worker asks for the rows of every shard of its round, once a round, 23 kB of 1,000 images. Of a data set
+  of more than 64 parts of the index (10,240 shards) it asks for the size of the part and its last 64 KiB again, too. Here that
+  is two thirds of the requests, and less than one percent of the bytes.
 - *index requests at start*: the driver reads shard, hash and label of all samples once, some 10 bytes a sample.
 - *plan*: in the driver, and once in the object store of each machine; *plan of an epoch*: in each process that makes or counts
   rounds, which sets it up once an epoch.
@@ -210,9 +210,10 @@ rounds that are longer than the plan's, and as many requests at the same times o
 split their load; S3 answers some 5,500 GETs a second for a prefix before it splits it.
 
 It is even in that no shard or prefix stays busy: the epoch's order is drawn anew over all chunks, and a prefix gets at most 1.6
-times what it would if each request chose a shard by itself. What a worker has of a chunk is asked for at a time, in a few GETs, so that
-a shard may have these under way at once, and seldom those of a second worker. The most that a prefix gets in a second is far below
-what a store gives. Longer rounds have larger GETs, for memory: with 40 steps a worker has five times the bytes in flight.
+times what it would if each request chose a shard by itself. What a worker has of a chunk is asked for at a time, in a few GETs,
+so that a shard may have these under way at once, and seldom those of a second worker. The most that a prefix gets in a second is
+far below what a store gives. Longer rounds have larger GETs, for memory: with 40 steps a worker has five times the bytes in
+flight.
 """
 
 
