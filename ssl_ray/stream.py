@@ -179,7 +179,7 @@ class _Round:
         self.data, self.first_k = data, first_k
         self.shards, self.rows = where  # [steps, lanes, G / L]
         _, self.lanes, self.per_lane = self.shards.shape
-        self.least_pixels = views.least_pixels(data.views)
+        self.least_size = views.least_size(data.views)
         self.samples = self._read(slice(first_k, None))
 
     def _read(self, steps: slice) -> Samples:
@@ -200,7 +200,7 @@ class _Round:
         samples, first = self._step(k)
         where = range(first + positions.start, first + positions.stop)
         decoded = views.decode_many(
-            samples.images[where.start : where.stop], channels=self.data.views.channels, least_pixels=self.least_pixels
+            samples.images[where.start : where.stop], channels=self.data.views.channels, least_size=self.least_size
         )
         found: list[np.ndarray | str] = []
         for at, image in zip(where, decoded, strict=True):
@@ -224,6 +224,11 @@ class _Round:
             f"{name}: no sample near the one that is needed can be read ({reason}). "
             f"Run `ssl-ray data check {self.data.manifest.uri}`."
         )
+
+    def parts(self, k: int, positions: range) -> list[range]:
+        """`positions` of a step cut into those that are decoded together."""
+        samples, first = self._step(k)
+        return views.in_parts(samples.images[first : first + self.lanes * self.per_lane], positions)
 
     def images(self, k: int, positions: range) -> tuple[list[np.ndarray], list[BadSample]]:
         """Those at `positions` of a step, uint8 [C, H, W] each, and which of them are stand-ins."""
@@ -299,11 +304,15 @@ def round_blocks(
     shares = [range(per_step)[i * per_step // threads : (i + 1) * per_step // threads] for i in range(threads)]
 
     def make(k: int, hashes: np.ndarray, out: np.ndarray, share: range) -> tuple[list[BadSample], float, float]:
-        begun = time.perf_counter()
-        images, bad = samples.images(k, share)
-        decoded, some = time.perf_counter(), slice(share.start, share.stop)
-        views.make_views(images, hashes[some], spec=spec, seed=data.plan.seed, epoch=order.epoch, out=out[some])
-        return bad, decoded - begun, time.perf_counter() - decoded
+        bad, decode_s, views_s = [], 0.0, 0.0
+        for part in samples.parts(k, share):
+            begun = time.perf_counter()
+            images, found = samples.images(k, part)
+            decoded, some = time.perf_counter(), slice(part.start, part.stop)
+            views.make_views(images, hashes[some], spec=spec, seed=data.plan.seed, epoch=order.epoch, out=out[some])
+            bad += found
+            decode_s, views_s = decode_s + decoded - begun, views_s + time.perf_counter() - decoded
+        return bad, decode_s, views_s
 
     room = np.empty((0,), np.uint8)
     with ThreadPoolExecutor(threads) as pool:
@@ -343,7 +352,7 @@ def draw_preview(uri: str, *, spec: Views, seed: int, num_images: int) -> bytes:
         try:
             if data is None:
                 raise views.UndecodableImage(samples.problems[position])
-            images.append(views.decode(data, channels=spec.channels, least_pixels=views.least_pixels(spec)))
+            images.append(views.decode(data, channels=spec.channels, least_size=views.least_size(spec)))
         except views.UndecodableImage as error:
             raise DataError(f"{uri}: {samples.keys[position]}: {error}. Run `ssl-ray data check {uri}`.") from error
     return views.preview(images, views.make_views(images, samples.hashes, spec=spec, seed=seed, epoch=0))

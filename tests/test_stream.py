@@ -100,3 +100,40 @@ def test_no_more_views_wait_for_a_slow_trainer_than_are_allowed(tmp_path, share)
     store, block, used = json.loads(done.stdout.splitlines()[-1])
     assert max(used) <= store + 3 * block, used  # two that the trainer fetches ahead, and the one it is at
     assert max(used) > 2 * block  # it works ahead
+
+
+LARGE = """
+import sys
+from ssl_ray.config import build
+from ssl_ray import stream
+from ssl_ray.evaluate import images
+from ssl_ray.train.pretrain import open_data
+
+def peak_mb():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM"))
+
+config = build({"data": {"uri": sys.argv[1]}}, ["train.batch=16", "views.count=2", "views.size_px=16", "data.eval_fraction=0.3"])
+data, _ = open_data(config)
+(first,) = stream.local_batches(data, lanes=range(1), first_step=0, stop_step=1)  # of one image
+before = peak_mb()
+made = sum(len(batch.views) for batch in stream.local_batches(data, lanes=range(16), first_step=0, stop_step=1))
+chosen, _ = images.choose(data.manifest, None, held_out=0.3, max_images=16)
+read = sum(len(part) for part, _ in images.plain_images(chosen, channels=3, size_px=16))
+print(made, read, peak_mb() - before)
+"""
+
+
+def test_few_images_are_decoded_at_a_time(tmp_path):
+    image = io.BytesIO()
+    Image.new("RGB", (3000, 2000), (9, 99, 199)).save(image, "PNG")  # 18 MB of pixels in 53 kB
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(40):
+            about = tarfile.TarInfo(f"{i:03d}.png")
+            about.size = len(image.getvalue())
+            tar.addfile(about, io.BytesIO(image.getvalue()))
+    shards.index(str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, check=True)
+    made, read, grown_mb = map(int, done.stdout.split())
+    assert (made, read) == (16, 16)
+    assert grown_mb < 100  # all at once: 290 MB

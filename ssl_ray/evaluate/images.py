@@ -85,7 +85,13 @@ def plain_images(
     for start in range(0, len(chosen.rows), _BATCH):
         part = slice(start, start + _BATCH)
         samples = shards.read_samples(chosen.manifest, chosen.shards[part], chosen.rows[part], cache=cache)
-        decoded = views.decode_many(samples.images, channels=channels)
-        good = {start + i: image for i, image in enumerate(decoded) if isinstance(image, np.ndarray)}
-        if good:
-            yield views.plain(list(good.values()), size_px=size_px), np.array(list(good), np.int64)
+        made: list[np.ndarray] = []
+        positions: list[int] = []
+        for some in views.in_parts(samples.images, range(len(samples.images))):
+            decoded = views.decode_many(samples.images[some.start : some.stop], channels=channels)
+            good = {start + i: image for i, image in zip(some, decoded, strict=True) if isinstance(image, np.ndarray)}
+            if good:
+                made.append(views.plain(list(good.values()), size_px=size_px))
+                positions += good
+        if made:
+            yield np.concatenate(made), np.array(positions, np.int64)

@@ -32,7 +32,7 @@ REQUEST_BYTES = 8 * 2**20
 """A request is not longer than this, unless one sample is."""
 LOCAL_THREADS = 4
 REMOTE_THREADS = 8
-_GZIP_CACHE_BYTES = 512 * 2**20
+GZIP_CACHE_BYTES = 512 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _unpack(packed: bytes) -> bytes:
 def _keep(at: tuple[str, str], data: bytes) -> bytes:
     with _gzips_lock:
         _gzips[at] = data
-        while sum(map(len, _gzips.values())) > _GZIP_CACHE_BYTES and len(_gzips) > 1:
+        while sum(map(len, _gzips.values())) > GZIP_CACHE_BYTES and len(_gzips) > 1:
             _gzips.popitem(last=False)
     return data
 

@@ -19,7 +19,7 @@ from ssl_ray.errors import UsageError
 from ssl_ray.plan import EpochOrder, Plan
 from ssl_ray.shards import Manifest
 from ssl_ray.shards.manifest import OPEN_PARTS, ROWS_AT_ONCE
-from ssl_ray.shards.read import merge_ranges
+from ssl_ray.shards.read import GZIP_CACHE_BYTES, merge_ranges
 from ssl_ray.train.loop import compute_loss, make_network, views_on
 from ssl_ray.train.optim import build_optimizer
 from ssl_ray.train.pretrain import Progress, located, open_data, plan_schedule
@@ -85,6 +85,7 @@ def forecast(
     begun = time.perf_counter()
     order = plan.epoch_order(made, 0)
     setup_s = time.perf_counter() - begun
+    asked = requests(data, order, workers=workers)
     checkpoint_bytes = 4 * _COPIES[config.optim.name] * weights
     result: dict[str, Any] = {
         "samples": made.num_selected,
@@ -98,8 +99,8 @@ def forecast(
         "images_per_step_of_the_busiest_worker": busiest,
         "weights": weights,
         "needed_per_epoch_bytes": round(made.num_selected * mean_bytes),
-        **requests(data, order, workers=workers),
-        "reads_in_flight_per_worker_bytes": round(3 * made.steps_per_round * busiest * mean_bytes),
+        **asked,
+        "reads_in_flight_per_worker_bytes": _reads_in_flight(data, asked, share=busiest * made.steps_per_round),
         "views_per_step_and_worker_bytes": stream.step_bytes(data, lanes),
         "views_in_flight_per_worker_bytes": _views_in_flight(config, data, lanes),
         "object_store_per_worker_bytes": stream.store_bytes(data, lanes) if config.train.workers else 0,
@@ -182,11 +183,22 @@ def _plan_bytes(data: stream.TrainingData) -> int:
     return sum(array.nbytes for array in arrays)
 
 
+def _reads_in_flight(data: stream.TrainingData, asked: dict[str, int], *, share: int) -> int:
+    """Of three rounds with `share` images each: that which is made, the one that waits beside it, one more whose task ends.
+
+    The answers to requests are held whole, with the gaps that were read over; of gzip'd shards what is kept decompressed besides.
+    """
+    made, manifest = data.plan, data.manifest
+    if manifest.names[0].as_py().endswith("gz"):
+        return round(3 * share * manifest.mean_bytes) + 2 * GZIP_CACHE_BYTES
+    return round(3 * share * asked["read_per_epoch_bytes"] / (made.steps_per_epoch * made.batch))
+
+
 def _views_in_flight(config: Config, data: stream.TrainingData, lanes: int) -> int:
     """The most there are at a time: what waits in the object store, a block in each of two tasks, and the trainer's."""
     step = stream.step_bytes(data, lanes)
     if config.train.workers == 0:
-        return step
+        return 2 * step  # that which is trained on, and the next
     store = stream.store_bytes(data, lanes)
     return store + 3 * stream.steps_in_block(data, lanes, store=store) * step
 

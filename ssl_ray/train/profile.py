@@ -14,6 +14,7 @@ import torch
 
 from ssl_ray import storage
 from ssl_ray.config import Config
+from ssl_ray.errors import Stopped
 from ssl_ray.stream import MAKING, Batch
 from ssl_ray.train import runs
 from ssl_ray.train.loop import Schedule
@@ -42,7 +43,10 @@ def profile(config: Config, *, steps: int, progress: Progress) -> dict[str, Any]
         progress("start", start_record(opened, 0) | {"complete": False})
         watch = functools.partial(traced, run=uri, steps=steps)
         with made_ready(opened, asked, progress, watch=watch, environment={"CUDA_LAUNCH_BLOCKING": "1"}) as ready:
-            drive(opened, ready, asked, progress)
+            try:
+                drive(opened, ready, asked, progress)
+            except Stopped as error:
+                raise Stopped("stopped; nothing of a profile is kept.") from error
         return {"workers": config.train.most_workers()} | runs.read_json(_result(uri))
 
 

@@ -6,7 +6,7 @@ becomes 8-bit by division by 257, rounded; of 16-bit colour Pillow keeps the hig
 Pillow converts them.  Transparency is laid over white.  Of an animation the first frame counts.  Grey is repeated for three
 channels; colour becomes luma (Rec. 601) for one.  Colour profiles are not applied.
 
-A file that ends too early is refused, even where another library told Pillow to fill what is missing with grey.
+A file whose pixels are not all there is refused, even where another library told Pillow to fill what is missing with grey.
 
 Common JPEG and PNG files take a short way (libjpeg-turbo through simplejpeg; png.py) to the same pixels: 10 and 20 us for an
 image of 32 px, where Pillow takes 55 and 45; PNGs that are not compressed, many at once, a shorter one (stored.py): 1 us.
@@ -15,6 +15,7 @@ Whatever these ways do not know or find fault with goes to Pillow, which decides
 
 import contextlib
 import io
+import math
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -48,15 +49,16 @@ class UndecodableImage(ValueError):
     """Bytes that are no image that can be read; the message says why."""
 
 
-def decode(data: bytes | memoryview, *, channels: int, least_pixels: int | None = None) -> np.ndarray:
+def decode(data: bytes | memoryview, *, channels: int, least_size: tuple[int, int] | None = None) -> np.ndarray:
     """uint8 [C, H, W] of an encoded image, C = `channels`, 1 or 3. Raises UndecodableImage, or ResourceError if the memory
     does not suffice. Safe in threads.
 
-    least_pixels: a JPEG comes at 1/2, 1/4 or 1/8 of its sides, the smallest that leaves H W so large; None: as it is.
+    least_size: a JPEG comes at 1/2, 1/4 or 1/8 of its sides, the smallest that leaves H W and the shorter side as large as
+    these two, but CMYK, and colour for one channel, as it is; None: all as they are.
     The colours of a pixel lie together in memory, as decoders have them: that is what the views' kernel likes best, and
     planes would cost a copy, an eighth of the time of a JPEG of 500x375.
     """
-    pixels = _decode_fast(data, channels=channels, least_pixels=least_pixels)
+    pixels = _decode_fast(data, channels=channels, least_size=least_size)
     if pixels is None:
         pixels = _decode_any(data, channels=channels)
     # [H, W] or [H, W, 3] -> [C, H, W]
@@ -64,7 +66,7 @@ def decode(data: bytes | memoryview, *, channels: int, least_pixels: int | None 
 
 
 def decode_many(
-    images: Sequence[bytes | memoryview | None], *, channels: int, least_pixels: int | None = None
+    images: Sequence[bytes | memoryview | None], *, channels: int, least_size: tuple[int, int] | None = None
 ) -> list[np.ndarray | UndecodableImage | None]:
     """What `decode` gives for each of them, or the error it raises; None where there are no bytes.
 
@@ -79,19 +81,44 @@ def decode_many(
             found.append(pixels)
             continue
         try:
-            found.append(decode(data, channels=channels, least_pixels=least_pixels))
+            found.append(decode(data, channels=channels, least_size=least_size))
         except UndecodableImage as error:
             found.append(error)
     return found
 
 
-def _decode_fast(data: bytes | memoryview, *, channels: int, least_pixels: int | None) -> np.ndarray | None:
+PART_BYTES = 2**25
+"""So many bytes of pixels are decoded together, one image at least."""
+PIXEL_BYTES = 3
+COMPRESSION = 64
+"""A file that is no PNG, which says how large it is in its first bytes, rarely has more bytes of pixels for each of its own."""
+
+
+def in_parts(images: Sequence[bytes | memoryview | None], positions: range) -> list[range]:
+    """`positions` cut into runs of encoded images that are to be decoded together, of PART_BYTES at most."""
+    parts, start, size = [], positions.start, 0
+    for position in positions:
+        more = _pixel_bytes(images[position] or b"")
+        if position > start and size + more > PART_BYTES:
+            parts.append(range(start, position))
+            start, size = position, 0
+        size += more
+    return [*parts, range(start, positions.stop)] if len(positions) else []
+
+
+def _pixel_bytes(data: bytes | memoryview) -> int:
+    if data[:4] == b"\x89PNG":
+        return PIXEL_BYTES * int.from_bytes(data[16:20], "big") * int.from_bytes(data[20:24], "big")
+    return COMPRESSION * len(data)
+
+
+def _decode_fast(data: bytes | memoryview, *, channels: int, least_size: tuple[int, int] | None) -> np.ndarray | None:
     """The pixels of common files in a fraction of Pillow's time, the same as Pillow's, or None: then Pillow decides."""
     if data[:2] == b"\xff\xd8":
         data = bytes(data)
         if data.count(_SCAN) > MAX_SCANS:
             raise UndecodableImage(f"a JPEG of {data.count(_SCAN)} scans, more than {MAX_SCANS}")
-        return _decode_jpeg(data, channels=channels, least_pixels=least_pixels)
+        return _decode_jpeg(data, channels=channels, least_size=least_size)
     if data[:4] == b"\x89PNG":
         from ssl_ray.views.png import decode_png  # here, since numba takes .3 s to import
 
@@ -101,7 +128,7 @@ def _decode_fast(data: bytes | memoryview, *, channels: int, least_pixels: int |
     return None
 
 
-def _decode_jpeg(data: bytes, *, channels: int, least_pixels: int | None) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, *, channels: int, least_size: tuple[int, int] | None) -> np.ndarray | None:
     orientation = None
     try:
         if b"\xff\xe1" in data:  # an APP1 segment: EXIF or XMP
@@ -111,7 +138,8 @@ def _decode_jpeg(data: bytes, *, channels: int, least_pixels: int | None) -> np.
         if height * width > MAX_PIXELS or (space != "Gray" and (space != "YCbCr" or channels == 1)):
             return None
         factor = 1
-        while factor < 8 and least_pixels is not None and height * width >= least_pixels * 4 * factor**2:
+        pixels, side = least_size or (math.inf, math.inf)
+        while factor < 8 and height * width >= pixels * 4 * factor**2 and min(height, width) >= side * 2 * factor:
             factor *= 2
         sides = {} if factor == 1 else {"min_height": -(-height // factor), "min_width": -(-width // factor)}
         pixels = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", **sides)

@@ -45,10 +45,12 @@ class ViewParams:
     """bool."""
 
 
-def least_pixels(spec: Views) -> int:
-    """Pixels of an image whose smallest crop has sides of `size_px` still: a larger one may be made smaller first."""
+def least_size(spec: Views) -> tuple[int, int]:
+    """Pixels, and the shorter side, of an image whose smallest crop has sides of `size_px` still: a larger one may be made
+    smaller first. Crops of long images are as high as these."""
     low, high = spec.crop_ratio
-    return math.ceil(spec.size_px**2 / (spec.crop_scale[0] * min(low, 1 / high))) if spec.crop_scale[0] else 2**62
+    pixels = math.ceil(spec.size_px**2 / (spec.crop_scale[0] * min(low, 1 / high))) if spec.crop_scale[0] else 2**62
+    return pixels, spec.size_px
 
 
 def draw(spec: Views, *, seed: int, epoch: int, hashes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> ViewParams:

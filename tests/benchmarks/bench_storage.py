@@ -87,12 +87,12 @@ def _plain_loop(server: seaweedfs.Server, manifest: shards.Manifest) -> Callable
         return memoryview(answer.data)
 
     def call() -> None:
-        made, least = 0, views.least_pixels(spec)
+        made, least = 0, views.least_size(spec)
         for one, data in zip(ranges, pool.map(get, ranges), strict=True):
             encoded = [data[offset : offset + size] for offset, size in zip(one[1].tolist(), one[2].tolist(), strict=True)]
             for first in range(0, len(encoded), BATCH):
                 some = slice(first, first + BATCH)
-                images = views.decode_many(encoded[some], channels=spec.channels, least_pixels=least)
+                images = views.decode_many(encoded[some], channels=spec.channels, least_size=least)
                 made += len(views.make_views(images, one[3][some], spec=spec, seed=0, epoch=0))
         assert made == COUNT
 

@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_ray.config import Views
-from ssl_ray.views import decode, least_pixels, load, make_views
+from ssl_ray.views import decode, least_size, load, make_views
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 SIGMA = (0.1, 2.0)
@@ -39,7 +39,7 @@ def ours(images: Images, *, views: int, size: int, blur: float, cores: int) -> C
     load()
     spec, epochs = Views(count=views, size_px=size, blur=blur), itertools.count()
     given, decoded = _given(
-        images, lambda data: decode(data, channels=3, least_pixels=least_pixels(spec)), lambda pixels: pixels.transpose(2, 0, 1)
+        images, lambda data: decode(data, channels=3, least_size=least_size(spec)), lambda pixels: pixels.transpose(2, 0, 1)
     )
     hashes = np.random.default_rng(0).integers(0, 2**64, len(given), dtype=np.uint64)
     parts = [slice(i * len(given) // cores, (i + 1) * len(given) // cores) for i in range(cores)]

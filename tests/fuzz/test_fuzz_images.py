@@ -64,7 +64,9 @@ def with_right_checksums(png: bytes) -> bytes:
     return b"".join([*out, png[at:]])
 
 
-def case(which: int, damage: Callable[[bytes], bytes], mend: bool, channels: int, least_pixels: int | None, front: bool) -> None:
+def case(
+    which: int, damage: Callable[[bytes], bytes], mend: bool, channels: int, least_size: tuple[int, int] | None, front: bool
+) -> None:
     image = WHOLE[which]
     head = len(image) if not front else min(len(image), 64)
     data = damage(image[:head]) + image[head:]
@@ -72,7 +74,7 @@ def case(which: int, damage: Callable[[bytes], bytes], mend: bool, channels: int
         data = with_right_checksums(data)
     with refused_or_done():
         try:
-            pixels = decode(data, channels=channels, least_pixels=least_pixels)
+            pixels = decode(data, channels=channels, least_size=least_size)
         except UndecodableImage as error:
             pixels, reason = None, str(error)
             assert reason.strip()
@@ -81,7 +83,7 @@ def case(which: int, damage: Callable[[bytes], bytes], mend: bool, channels: int
         else:
             assert (pixels.dtype, pixels.ndim, len(pixels)) == (np.uint8, 3, channels)
             assert pixels.size
-        (other, good) = decode_many([data, WHOLE[0]], channels=3, least_pixels=least_pixels)
+        (other, good) = decode_many([data, WHOLE[0]], channels=3, least_size=least_size)
         assert isinstance(good, np.ndarray)
         assert np.array_equal(good.transpose(1, 2, 0), PIXELS)
         if channels == 3:
@@ -99,7 +101,7 @@ def test_damaged_images_are_decoded_or_refused(cases, monkeypatch):
         damage=damages(),
         mend=st.booleans(),
         channels=st.sampled_from([1, 3]),
-        least_pixels=st.sampled_from([None, 1, 100]),
+        least_size=st.sampled_from([None, (1, 1), (100, 3)]),
         front=st.booleans(),
     )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numba import types
+from numba import config, types
 
 from ssl_ray.views.compiled import compiled
 
@@ -55,6 +55,30 @@ def test_a_package_that_cannot_be_written_has_its_code_in_the_users_cache(folder
     unwritable(folder / "package" / "__pycache__")
     assert [answer(folder), answer(folder)] == [(42, 0), (42, 1)]
     assert len(cached(folder / "user")) == 2
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_cache_that_is_full_and_read_only_is_used(tmpfs, monkeypatch, named):
+    place = tmpfs("size=4m")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "user"))
+    (place / "package").mkdir()
+    (place / "package" / "arithmetic.py").write_text(SOURCE)
+    if named:
+        monkeypatch.setattr(config, "CACHE_DIR", str(place / "kept"))
+    assert answer(place) == (42, 0)
+    tmpfs("ro")
+    assert answer(place) == (42, 1)
+
+
+def test_a_cache_that_is_read_only_and_of_other_code_is_left_alone(tmpfs, monkeypatch, tmp_path):
+    place = tmpfs("size=4m")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (place / "package").mkdir()
+    (place / "package" / "arithmetic.py").write_text(SOURCE)
+    assert answer(place) == (42, 0)
+    (place / "package" / "arithmetic.py").write_text(SOURCE.replace("2 * x", "2 * x + 1"))
+    tmpfs("ro")
+    assert [answer(place), answer(place)] == [(43, 0), (43, 1)]
 
 
 def test_where_nothing_can_be_written_code_is_compiled_each_time(folder):

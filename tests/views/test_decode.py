@@ -256,7 +256,18 @@ def test_every_filter_of_a_png_is_pillows(filters, colour):
 
 
 @pytest.mark.parametrize(
-    ("least", "factor"), [(None, 1), (640 * 480, 1), (320 * 240, 2), (160 * 120 + 1, 2), (160 * 120, 4), (1, 8)]
+    ("least", "factor"),
+    [
+        (None, 1),
+        ((640 * 480, 1), 1),
+        ((320 * 240, 1), 2),
+        ((160 * 120 + 1, 1), 2),
+        ((160 * 120, 1), 4),
+        ((1, 1), 8),
+        ((1, 60), 8),
+        ((1, 61), 4),
+        ((1, 241), 1),
+    ],
 )
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_jpeg_may_come_smaller_as_long_as_it_keeps_the_pixels_asked_for(least, factor, orientation):
@@ -268,10 +279,10 @@ def test_a_jpeg_may_come_smaller_as_long_as_it_keeps_the_pixels_asked_for(least,
     expected = np.asarray(Image.fromarray(pixels).reduce(factor)).transpose(2, 0, 1)
     if orientation == 6:  # stored turned by a quarter
         expected = expected.transpose(0, 2, 1)[:, :, ::-1]
-    made = decode(data, channels=3, least_pixels=least)
+    made = decode(data, channels=3, least_size=least)
     assert made.shape == expected.shape
     assert np.abs(made.astype(int) - expected).max() <= 6
-    assert np.array_equal(decode(encoded(pixels), channels=3, least_pixels=least), pixels.transpose(2, 0, 1))
+    assert np.array_equal(decode(encoded(pixels), channels=3, least_size=least), pixels.transpose(2, 0, 1))
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------

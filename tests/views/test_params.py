@@ -13,7 +13,7 @@ from scipy import stats
 from torchvision import transforms
 
 from ssl_ray.config import Views
-from ssl_ray.views import ViewParams, draw, least_pixels
+from ssl_ray.views import ViewParams, draw, least_size
 from ssl_ray.views.params import _between, numpy_draw
 
 HASHES = np.random.default_rng(0).integers(0, 2**64, 5000, dtype=np.uint64)
@@ -305,9 +305,10 @@ def test_ratios_are_powers_to_rounding(low, factor, u):
 
 @given(st.floats(0.05, 1), st.tuples(st.floats(0.4, 1), st.floats(1, 2)), st.integers(8, 64), st.floats(0.5, 2))
 @settings(deadline=None, max_examples=30)
-def test_no_crop_of_an_image_of_least_pixels_is_smaller_than_a_view(low, ratio, size, shape):
+def test_no_crop_of_an_image_of_least_size_is_smaller_than_a_view(low, ratio, size, shape):
     spec = Views(size_px=size, crop_scale=(low, 1.0), crop_ratio=ratio)
-    height = math.ceil(math.sqrt(least_pixels(spec) / shape))
-    p = drawn(spec, height=height, width=math.ceil(least_pixels(spec) / height), hashes=HASHES[:500])
+    pixels, side = least_size(spec)
+    height = max(side, math.ceil(math.sqrt(pixels / shape)))
+    p = drawn(spec, height=height, width=max(side, math.ceil(pixels / height)), hashes=HASHES[:500])
     fitted = (p.height < height) & (p.width < p.width.max())  # a crop that never fitted is as large as the image allows
     assert np.minimum(p.height, p.width)[fitted].min(initial=size) >= size - 1
