@@ -299,7 +299,7 @@ class Config:
 
 
 # Keys that may change when a run is resumed: they do not change what it computes (threads only the order of sums; data
-# may move, since a run is tied to the digest of its manifest).
+# may move, since a run is tied to the digest of its manifest; with more bad samples allowed it goes on where it had ended).
 EXECUTION = frozenset(
     {
         "run",
@@ -307,6 +307,7 @@ EXECUTION = frozenset(
         "data.eval_uri",
         "data.cache_dir",
         "data.cache_bytes",
+        "data.max_bad_samples",
         "train.workers",
         "train.threads",
         "train.digest",

@@ -24,7 +24,11 @@ _SECRET_PARAMETER = re.compile(
     r"=[^&;\s'\"]*",
     re.IGNORECASE,
 )
-_SECRET_VARIABLE = re.compile(r"(SECRET|TOKEN|PASSWORD|ACCOUNT_KEY)(?!.*_(PATH|FILE|URI|URL|MODE)(_|$))")
+_ACCOUNT_KEY = re.compile(r"((?:AccountKey|SharedAccessSignature)=)[^;\s'\"]+", re.IGNORECASE)
+"""Parts of Azure's connection strings."""
+_SECRET_VARIABLE = re.compile(
+    r"(SECRET|TOKEN|PASSWORD|ACCOUNT_KEY|STORAGE_KEY|CONNECTION_STRING)(?!.*_(PATH|FILE|URI|URL|MODE)(_|$))"
+)
 _LEAST_SECRET = 8
 """A shorter value of such a variable, as `true`, is no secret, and may be part of any word."""
 
@@ -32,6 +36,7 @@ _LEAST_SECRET = 8
 def without_secrets(text: str) -> str:
     """`text` with *** for users and passwords in URIs, signatures and tokens in their queries, and secrets of the environment."""
     text = _SECRET_PARAMETER.sub(r"\1=***", _USER_INFO.sub("***@", text))
+    text = _ACCOUNT_KEY.sub(r"\1***", text)
     for name, value in os.environ.items():
         if len(value) >= _LEAST_SECRET and value in text and _SECRET_VARIABLE.search(name):
             text = text.replace(value, "***")

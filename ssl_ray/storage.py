@@ -37,6 +37,8 @@ FEW_ATTEMPTS = 3
 """Before a storage answered this process for the first time, since a wrong endpoint is to be told soon; and for a file that is
 not there, where that is no answer: network file systems may see a file late."""
 
+BULK = 1000
+"""Objects that S3 deletes in a request."""
 KNOWN = (
     "a path or a URI such as s3://bucket/name; file://, s3://, http:// and https:// (to read) are there, "
     "other protocols of fsspec need their package"
@@ -50,11 +52,15 @@ def is_local(uri: str) -> bool:
 def absolute(uri: str) -> str:
     """`uri` with a local path made absolute, so that it means the same in every process; ~ is the home.
 
-    Raises UsageError if empty, or if no path can be so.
+    Raises UsageError if empty, or if no path can be so, or names of a URI are empty, `.` or `..`, which storages take for
+    different places.
     """
     if not uri or "\0" in uri:
         given = f"the path {uri!r}" if uri else "an empty path"
         raise UsageError(f"{given} was given, expected a folder or a URI such as s3://bucket/name.")
+    protocol, _, path = uri.partition("://")
+    if not is_local(uri) and not protocol.startswith("http") and {"", ".", ".."} & set(path.rstrip("/").split("/")):
+        raise UsageError(f"{uri}: a name in it is empty, . or .., expected a URI such as s3://bucket/name.")
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://"))) if is_local(uri) else uri.rstrip("/")
 
 
@@ -70,9 +76,12 @@ def open_storage(uri: str) -> "tuple[AbstractFileSystem, str]":
     options: dict[str, Any] = {}
     if uri.startswith("s3"):
         options = {"config_kwargs": {"connect_timeout": CONNECT_S, "read_timeout": STALL_S}}
+    place = absolute(uri)
     try:
-        with storage_errors(uri, "connecting"):
-            filesystem, path = fsspec.core.url_to_fs(absolute(uri), **options)
+        with storage_errors(uri, "connecting"):  # not by url_to_fs either
+            kind = fsspec.get_filesystem_class(place.partition("://")[0])
+            filesystem = kind(**kind._get_kwargs_from_urls(place), **options)
+            path = str(kind._strip_protocol(place))
     except (ValueError, ImportError) as error:
         raise UsageError(f"{uri}: {one_line(error)}. Expected {KNOWN}.") from error
     return filesystem, path
@@ -145,7 +154,8 @@ def may_pass(error: BaseException) -> bool:
         found = [getattr(error, name, None) for name in ("status", "code", "status_code")]
         status = next((value for value in found if isinstance(value, int)), 500)
         return status >= 500 or status == 429
-    return package in ("botocore", "aiobotocore") and any(base.__name__ == "HTTPClientError" for base in type(error).__mro__)
+    passing = {"HTTPClientError", "ConnectionError"}  # the second where nothing listens: a server that starts again
+    return package in ("botocore", "aiobotocore") and any(base.__name__ in passing for base in type(error).__mro__)
 
 
 def _too_much(error: BaseException | None) -> bool:
@@ -291,7 +301,21 @@ def remove(uri: str) -> None:
     with storage_errors(uri, "removing"):
         filesystem.invalidate_cache(path)
         with contextlib.suppress(FileNotFoundError):
-            ask(uri, lambda: filesystem.rm(path, recursive=True))
+            ask(uri, lambda: filesystem.rm(path, recursive=True) if is_local(uri) else _remove(filesystem, path))
+
+
+def _remove(filesystem: Any, path: str) -> None:
+    """By the names that are there: to `rm` a name with * ? or [ is a pattern, which others may fit."""
+    if not _is_s3(filesystem):
+        for each in [path] if filesystem.isfile(path) else filesystem.find(path):
+            filesystem.rm_file(each)
+        return
+    from fsspec.asyn import sync
+
+    # The folders too, deepest first: servers that keep files keep these.
+    found = sorted([path, *filesystem.find(path, withdirs=True)], reverse=True)
+    for start in range(0, len(found), BULK):
+        sync(filesystem.loop, filesystem._bulk_delete, found[start : start + BULK])
 
 
 def upload(local: str, uri: str) -> None:

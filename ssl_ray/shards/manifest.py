@@ -279,7 +279,7 @@ def clear(uri: str) -> None:
 class IndexWriter:
     """Writes the index of a data set, shard by shard in order. A part is made in a local file: it may be large.
 
-    An earlier index, and its manifest, go when the first part is complete: a damaged shard of 1024 leaves them as they were.
+    An earlier index, and its manifest, go when the first part is complete: a damaged shard before leaves them as they were.
     """
 
     def __init__(self, uri: str):

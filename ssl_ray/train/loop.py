@@ -203,7 +203,8 @@ def add_bad_samples(counters: Counters, found: list[BadSample], *, step: int, sp
     return DataError(
         f"{len(counters.bad_samples)} bad samples, data.max_bad_samples={spec.max_bad_samples} allowed; "
         f"the last: {first['shard']} {first['key']}: {first['reason']}.\n"
-        f"Run `ssl-ray data check {spec.uri}` to find them all and leave them out, or raise data.max_bad_samples."
+        f"Raise data.max_bad_samples and run the same command to go on without them; "
+        f"`ssl-ray data check {spec.uri}` finds them all, and runs that begin later leave them out."
     )
 
 
@@ -385,8 +386,8 @@ def run_worker(
     finally:
         if writer is not None:
             writer.close()
-    if writer is not None and writer.error is not None and outcome.error is None:
-        return Outcome(outcome.step, _as_user_error(writer.error))
+    if writer is not None and writer.error is not None and (outcome.error is None or isinstance(outcome.error, Stopped)):
+        return Outcome(outcome.step, _as_user_error(writer.error))  # a stop says that there is a checkpoint
     return outcome
 
 

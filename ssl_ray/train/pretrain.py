@@ -339,7 +339,9 @@ def drive(opened: Opened, ready: Ready, asked: _Asked, progress: Progress, *, be
                 raise Stopped(_STOPPED_EARLY)
         if asked.came and not told:
             progress("stage", {"text": "stopping: waiting for the step to end and its checkpoint to be stored"})
-            storage.write_atomic(storage.join(uri, "stop"), b"")
+            marker = runs.read_marker(uri)
+            if opened.lease is None or marker.lease == opened.lease:  # else another driver has taken over
+                runs.ask_to_stop(uri, marker)
             told = True
         if watch.begun and not asked.came:
             beside()
@@ -416,11 +418,18 @@ class _Readouts:
         untrained = storage.exists(runs.evaluation_uri(self.uri, None))
         return asked if untrained else [None, *asked]
 
-    def advance(self) -> None:
-        """Takes a finished read-out, begins the next."""
+    def advance(self, *, last: bool = False) -> None:
+        """Takes a finished read-out, begins the next. One that finds no storage is begun again, but for the `last` time."""
         if self.running is not None and self.running.done():
-            result, self.running = self.running.result(), None
-            self.progress("evaluation", result)
+            done, self.running = self.running, None
+            try:
+                self.progress("evaluation", done.result())
+            except SslRayError as error:
+                # One from a task is of a class that Ray derived, whose text is a traceback.
+                cause = getattr(error, "cause", error)
+                if last or not isinstance(cause, DataError):
+                    raise cause from error
+                self.progress("stage", {"text": f"a read-out failed, and is tried again: {cause}"})
         if self.running is None:
             with suppress(DataError):  # a storage that is away; `finish` says so if it stays away
                 for checkpoint in self._due()[:1]:
@@ -432,7 +441,7 @@ class _Readouts:
             asked.stop_here("during the read-outs, after all steps")
             if self.running is not None:
                 wait([self.running], timeout=POLL_S)
-            self.advance()
+            self.advance(last=True)
 
 
 def summarise(opened: Opened) -> dict[str, Any]:

@@ -98,6 +98,12 @@ def open_run(uri: str, config: Config, run_id: dict[str, Any], *, resume: str) -
         return False
     there = load_run(uri)
     if there["hash"] != canonical_hash(run_id):
+        if there["identity"] | {"data.excluded": run_id["data.excluded"]} == run_id:
+            raise RunMismatchError(
+                f"{uri} holds another run: the samples that `ssl-ray data check` found bad (data.excluded) are others now.\n"
+                "Continue it with bad.parquet, beside the manifest, as it was, none if there was none, and a larger "
+                "data.max_bad_samples; or use another run=URI."
+            )
         raise RunMismatchError(f"{uri} holds another run: {_differences(there['identity'], run_id)}.\n"
                                "Use another run=URI, or the same values to continue it.")  # fmt: skip
     if resume == "never":
@@ -172,6 +178,7 @@ def begin_attempt(uri: str, *, lease: int | None) -> Marker:
     """
     for _ in range(MOVES):
         marker = read_marker(uri)
+        undone = _uncommitted(uri, marker)
         if lease is not None and marker.lease is not None and marker.lease > lease:
             raise ResourceError(f"{uri}: another driver has taken over this run; this one has stopped.")
         # A marker that was mended by hand may know of fewer starts than there were.
@@ -180,7 +187,8 @@ def begin_attempt(uri: str, *, lease: int | None) -> Marker:
             started = _move(uri, marker, attempt=uuid.uuid4().hex[:8], number=number, idle=marker.idle + 1, lease=lease)
         except storage.Changed:  # by workers that were about to commit
             continue
-        _discard_uncommitted(uri, started)
+        for at in undone:
+            storage.remove(at)
         return started
     raise ResourceError(f"{uri}: its latest.json changes all the time. Stop whatever else trains this run.")
 
@@ -200,6 +208,17 @@ def _move(uri: str, marker: Marker, **changes: Any) -> Marker:
         raise storage.Changed(at)
     storage.write_atomic(at, data)
     return read_marker(uri)
+
+
+def ask_to_stop(uri: str, marker: Marker | None = None) -> None:
+    """Has the workers stop with a checkpoint: those of the start that `marker` names, or whichever there are."""
+    storage.write_atomic(storage.join(uri, "stop"), b"" if marker is None else str(marker.number).encode())
+
+
+def stop_asked(uri: str, marker: Marker) -> bool:
+    """Whether the workers of this start are to stop."""
+    at = storage.join(uri, "stop")
+    return storage.exists(at) and storage.read_versioned(at)[0] in (b"", str(marker.number).encode())
 
 
 def write_failure(uri: str, reasons: dict[int, str]) -> None:
@@ -247,14 +266,16 @@ def segment_names(uri: str) -> list[str]:
     return [name for name in names if re.fullmatch(r"\d{10}-\d{6}\.jsonl", name)]
 
 
-def _discard_uncommitted(uri: str, marker: Marker) -> None:
-    """Removes metrics and checkpoints that the marker does not cover: their steps will be made again."""
-    for name in segment_names(uri):
-        if name >= segment_name(marker.step):
-            storage.remove(storage.join(uri, "metrics", name))
-    for name in storage.list_names(storage.join(uri, "checkpoints")):
-        if checkpoint_step(name) >= marker.step and name != marker.checkpoint:
-            storage.remove(storage.join(uri, "checkpoints", name))
+def _uncommitted(uri: str, marker: Marker) -> list[str]:
+    """Metrics and checkpoints that the marker does not cover: their steps will be made again.
+
+    They are listed before the marker is changed, so that whatever a later start writes is not among them, however long this
+    driver sleeps before it removes them.
+    """
+    metrics = [storage.join(uri, "metrics", name) for name in segment_names(uri) if name >= segment_name(marker.step)]
+    names = storage.list_names(storage.join(uri, "checkpoints"))
+    behind = [name for name in names if checkpoint_step(name) >= marker.step and name != marker.checkpoint]
+    return [*metrics, *(storage.join(uri, "checkpoints", name) for name in behind)]
 
 
 def read_metrics(uri: str, *, first_segment: str = "") -> list[dict[str, Any]]:
@@ -305,8 +326,11 @@ def best_step(uri: str) -> int | None:
 
 
 def superseded(uri: str, *, newest: str, keep: int, pending: int) -> list[str]:
-    """Checkpoints that may go: not among the `keep` newest, not the best, not awaiting their read-out (`pending` may)."""
-    older = [name for name in storage.list_names(storage.join(uri, "checkpoints")) if name != newest]
+    """Checkpoints that may go: not among the `keep` newest, not the best, not awaiting their read-out (`pending` may).
+
+    None that is newer than `newest`: it is of workers that have taken over.
+    """
+    older = [name for name in storage.list_names(storage.join(uri, "checkpoints")) if name < newest]
     kept, best = set(older[len(older) - (keep - 1) :]), best_step(uri)
     kept |= {name for name in older if checkpoint_step(name) == best}
     kept |= set([name for name in older if awaits_evaluation(uri, name)][-pending:])
@@ -322,7 +346,16 @@ def list_runs(uri: str) -> list[dict[str, Any]]:
     """A row for each run directly below `uri`, or for `uri` itself: name, status, steps, accuracy."""
     below = [storage.join(uri, name) for name in storage.list_names(uri)]
     found = [at for at in [uri, *below] if storage.exists(storage.join(at, "run.json"))]
-    return [_row(at) for at in found]
+    return [_row_or_damage(at) for at in found]
+
+
+def _row_or_damage(uri: str) -> dict[str, Any]:
+    """That a run cannot be read hides no other one."""
+    try:
+        return _row(uri)
+    except DataError as error:
+        names = ("steps", "data", "seed", "linear_accuracy", "knn_accuracy", "seconds")
+        return {"run": uri, "status": f"not readable: {str(error).splitlines()[0]}"} | dict.fromkeys(names)
 
 
 def _row(uri: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Writer:
                 at = storage.join(self.uri, "metrics", runs.segment_name(start, self.marker.number))
                 storage.write_atomic(at, "".join(lines).encode())
         # Before a commit: where a checkpoint is always waiting, a request to stop would never be seen after it.
-        self.stop_requested = self.stop_requested or storage.exists(storage.join(self.uri, "stop"))
+        self.stop_requested = self.stop_requested or runs.stop_asked(self.uri, self.marker)
         if taken is not None:
             self._commit(*taken)
             with self._condition:

@@ -227,6 +227,8 @@ def test_an_undecodable_image_ends_the_run_unless_allowed(pretrain, cli, with_ba
     one_epoch = (f"data.uri={data}", "train.steps=5")
     pretrain(*one_epoch, f"run={uri}").refused(3, "broken_png: cannot be decoded", "data.max_bad_samples=0", "data check")
 
+    summary = pretrain(*one_epoch, f"run={uri}", "data.max_bad_samples=1").ok().json  # the same run goes on
+    assert (summary["bad_samples"], summary["steps"]) == (1, 5)
     summary = pretrain(*one_epoch, f"run={tmp_path / 'allowed'}", "data.max_bad_samples=1").ok().json
     assert (summary["bad_samples"], summary["steps"]) == (1, 5)
     assert "broken_png" in (tmp_path / "allowed" / "quarantine.jsonl").read_text()
@@ -240,7 +242,7 @@ def test_an_undecodable_image_ends_the_run_unless_allowed(pretrain, cli, with_ba
     summary = pretrain(*one_epoch, f"run={tmp_path / 'left-out'}").ok().json
     assert summary["bad_samples"] == 0
     # That the sample is left out makes it another run.
-    pretrain(*one_epoch, f"run={uri}").refused(2, "holds another run", "data.excluded")
+    pretrain(*one_epoch, f"run={uri}").refused(2, "holds another run", "data.excluded", "bad.parquet")
 
 
 def test_a_readout_says_how_many_of_its_images_could_not_be_read(cli, with_bad_image, tmp_path):

@@ -237,6 +237,21 @@ def stop(process: subprocess.Popen[bytes], uri: Path, number: int) -> tuple[int,
     return process.returncode, out
 
 
+def test_a_stop_whose_checkpoint_finds_no_room_says_so(packed, tmpfs):
+    disk = tmpfs("size=1m")
+    uri, errors = disk / "run", subprocess.PIPE
+    process = start(uri, f"data.uri={packed}", "checkpoint.every_s=1000", "train.steps=100000", stderr=errors)
+    until = time.monotonic() + 60
+    while not list(uri.glob("metrics/*")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 4, said
+    assert b"no space left" in said
+    assert b"with a checkpoint" not in said
+
+
 def assert_continues(pretrain, uri: Path, undisturbed: Path, *arguments: str) -> None:
     done = marker(uri)["step"]
     assert 0 < done < 300

@@ -74,6 +74,59 @@ def test_workers_of_an_earlier_start_commit_nothing_and_their_late_metrics_do_no
         runs.begin_attempt(run, lease=1)
 
 
+def test_a_driver_that_slept_while_it_undid_removes_nothing_of_the_one_that_took_over(tmp_path: Path, monkeypatch):
+    run = str(tmp_path / "run")
+    first = Writer(run, marker=runs.begin_attempt(run, lease=1), keep=2, flush_s=0.01)
+    for step in range(4):
+        first.record({"step": step})
+    first.checkpoint(_shot(2), evaluate=False)
+    first.close()
+    left = f"{run}/checkpoints/0000000003-left"  # what workers that died had begun
+    storage.write_atomic(f"{left}/weights.safetensors", b"")
+    heirs = []
+
+    def sleep(uri: str, remove=storage.remove) -> None:
+        """Before the first removal another driver takes over, and commits."""
+        if not heirs:
+            heirs.append(None)
+            heir = Writer(run, marker=runs.begin_attempt(run, lease=3), keep=2, flush_s=0.01)
+            for step in range(2, 9):
+                heir.record({"step": step})
+            heir.checkpoint(_shot(6), evaluate=False)
+            heir.close()
+            heirs[0] = heir
+        remove(uri)
+
+    monkeypatch.setattr(storage, "remove", sleep)
+    slept = runs.begin_attempt(run, lease=2)
+    marker = runs.read_marker(run)
+    assert (marker.step, marker.lease) == (6, 3)
+    assert storage.exists(f"{run}/checkpoints/{marker.checkpoint}/state.json")
+    assert [record["step"] for record in runs.read_metrics(run)] == list(range(9))
+    assert not storage.exists(left)
+    with pytest.raises(storage.Changed):
+        runs.commit(run, slept, step=3, checkpoint="0000000003-slept")
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_checkpoints_that_are_newer_than_ones_own_are_left_alone(tmp_path: Path, keep: int):
+    run = str(tmp_path / "run")
+    for name in ("0000000080-a", "0000000100-a", "0000000120-a", "0000000140-b", "0000000160-b"):
+        storage.write_atomic(f"{run}/checkpoints/{name}/state.json", b"{}")
+    gone = runs.superseded(run, newest="0000000120-a", keep=keep, pending=3)
+    assert gone == ["0000000080-a", "0000000100-a"][: 3 - keep]
+
+
+def test_only_the_workers_that_were_asked_stop(tmp_path: Path):
+    run = str(tmp_path / "run")
+    first = runs.begin_attempt(run, lease=1)
+    runs.ask_to_stop(run, first)
+    second = runs.begin_attempt(run, lease=2)
+    assert [runs.stop_asked(run, marker) for marker in (first, second)] == [True, False]
+    runs.ask_to_stop(run)
+    assert [runs.stop_asked(run, marker) for marker in (first, second)] == [True, True]
+
+
 def test_a_second_driver_is_refused_as_long_as_the_first_lives(tmp_path: Path):
     keys = (*KEYS, f"run={tmp_path}/run", "train.steps=100000", "checkpoint.every_steps=50")
     first = start("pretrain", *keys)
