@@ -32,13 +32,16 @@ LAYERS = {
     "ray_stream": 3,
     "train": 4,
     "evaluate": 4,
+    "study": 5,
+    "dashboard": 6,
     "console": 7,
     "cli": 7,
     "__main__": 7,
 }
 
-WITHOUT_RAY = ["views", "losses", "model", "plan", "shards", "evaluate", "stream", "train.loop", "train.pretrain"]
-WITHOUT_TORCH = ["config", "errors", "philox", "storage", "plan", "shards", "views", "stream", "train.runs", "cli"]
+READERS = ["study.schema", "study.results"]
+WITHOUT_RAY = ["views", "losses", "model", "plan", "shards", "evaluate", "stream", "train.loop", "train.pretrain", *READERS]
+WITHOUT_TORCH = ["config", "errors", "philox", "storage", "plan", "shards", "views", "stream", "train.runs", *READERS, "cli"]
 
 
 def room_of(path: Path) -> str:
