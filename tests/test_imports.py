@@ -39,7 +39,7 @@ LAYERS = {
     "__main__": 7,
 }
 
-READERS = ["study.schema", "study.results", "study.analysis"]
+READERS = ["study.schema", "study.results", "study.analysis", "dashboard.figures"]
 WITHOUT_RAY = ["views", "losses", "model", "plan", "shards", "evaluate", "stream", "train.loop", "train.pretrain", *READERS]
 WITHOUT_TORCH = ["config", "errors", "philox", "storage", "plan", "shards", "views", "stream", "train.runs", *READERS, "cli"]
 

@@ -235,7 +235,9 @@ def _read_trial(uri: str, head: Head, planned: Planned, *, known: Trial | None, 
                     raise
     m, d, beta, fraction = _short(head, planned, storage.join(uri, "study.json"))
     columns = _joined({name: read.value for name, read in segments.items()})
-    steps_per_epoch = _steps_per_epoch(columns, trial_config(head, planned), complete=state.status == "complete")
+    steps_per_epoch = _steps_per_epoch(
+        columns, trial_config(head.base, planned.settings, seed=planned.seed), complete=state.status == "complete"
+    )
     curve = _totals(columns, steps_per_epoch)
     running = state.status == "running"
     return Trial(
@@ -255,7 +257,7 @@ def _read_trial(uri: str, head: Head, planned: Planned, *, known: Trial | None, 
 
 def _short(head: Head, planned: Planned, at: str) -> tuple[int, int, float, float]:
     """m, d, beta, fraction"""
-    config = trial_config(head, planned)
+    config = trial_config(head.base, planned.settings, seed=planned.seed)
     try:
         m, d, fraction = int(config["views.count"]), int(config["model.projector_dim"]), float(config["data.fraction"])
         beta = math.nan if config["loss.name"] != "barlow_twins" else config["loss.beta"]

@@ -95,9 +95,9 @@ class State:
     """Why it was stopped."""
 
 
-def trial_config(head: Head, planned: Planned) -> dict[str, Any]:
-    """The flat configuration of a trial: {"views.count": 4, ...}."""
-    return flatten(head.base) | planned.settings | {"seed": planned.seed}
+def trial_config(base: dict[str, Any], settings: dict[str, Any], *, seed: int) -> dict[str, Any]:
+    """The flat configuration of a trial: {"views.count": 4, ...}. base: nested, as that of Head."""
+    return flatten(base) | settings | {"seed": seed}
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

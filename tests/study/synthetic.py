@@ -5,6 +5,7 @@ Run as a program, it writes one and says how long reading it takes: python tests
 
 import itertools
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ def planned(trials: int, *, grid: dict[str, list], seeds: tuple[int, ...]) -> tu
     cells = itertools.product(*grid.values(), seeds)
     for number, (*values, seed) in enumerate(itertools.islice(itertools.cycle(cells), trials)):
         settings = dict(zip(grid, values, strict=True))
-        name = "-".join([f"{number:04d}", *map(str, values), f"s{seed}"])
+        name = "-".join([f"{number:04d}", *(re.sub(r"[^\w.]", "", str(value))[:12] for value in values), f"s{seed}"])
         made.append(Planned(name=name, settings=settings, seed=seed, hash=canonical_hash(settings | {"seed": seed})))
     return tuple(made)
 
