@@ -246,11 +246,15 @@ class Train:
 class Evaluate:
     every_epochs: int = 0
     """Read-outs every so many epochs while training; 0: only at the end."""
+    every_steps: int | None = None
+    """Read-outs every so many steps instead; null: by epochs."""
     max_images: int = 20000
     """At most so many labelled training images for the read-outs."""
 
     def __post_init__(self) -> None:
         _check(self.every_epochs >= 0, "evaluate.every_epochs", self.every_epochs, "0 or more")
+        every = self.every_steps
+        _check(every is None or every >= 1, "evaluate.every_steps", every, "1 or more, or null")
         _check(self.max_images >= 10, "evaluate.max_images", self.max_images, "10 or more")
 
 
@@ -313,6 +317,7 @@ EXECUTION = frozenset(
         "train.digest",
         "train.stall_s",
         "evaluate.every_epochs",
+        "evaluate.every_steps",
     }
     | {f"checkpoint.{field.name}" for field in dataclasses.fields(Checkpoint)}
 )

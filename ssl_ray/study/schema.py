@@ -66,6 +66,8 @@ class Head:
     """With mode near: what the objective should be, 1 for alpha."""
     budget: dict[str, float] | None = None
     """{"views": n} or {"minutes": x} for each trial; None: as the configuration says."""
+    asha: dict[str, float] | None = None
+    """{"grace": part of the budget, "reduction": n} of the scheduler that ends bad trials early; None: all have their budget."""
     target_accuracy: float | None = None
     """0 to 1: that of which the minutes until it was reached are of interest."""
     price_per_hour: float | None = None

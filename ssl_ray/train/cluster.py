@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -66,13 +67,14 @@ def ray_session(listen: Callable[[], None] = lambda: None) -> Iterator[Session]:
 
     listen: called again and again while Ray starts; what it raises ends the start.
     Where the end is an error that Ray's logs may explain, the folder stays for a day. Raises as start_ray does.
+    In a process that has joined Ray already, as a trial of a study, that is used, and left as it is.
     """
     _sweep()
     folder = Path(tempfile.mkdtemp(prefix=f"ssl-ray-{os.getpid()}-", dir=SCRATCH))
     # The kernel kills Ray's processes when the thread that started them ends, so that one has to last as long as they do.
     threads = ThreadPoolExecutor(thread_name_prefix="ray")
     called: list[Future[Any]] = []
-    address, keep = "", False
+    address, keep, joined = "", False, has_joined()
 
     def call(work: Callable[..., Any], *given: Any) -> "Future[Any]":
         called.append(threads.submit(work, *given))
@@ -90,7 +92,7 @@ def ray_session(listen: Callable[[], None] = lambda: None) -> Iterator[Session]:
         keep = isinstance(error, TrainingError) or not isinstance(error, SslRayError)
         raise
     finally:
-        if all(future.done() for future in called) and address and answers(address):
+        if not joined and all(future.done() for future in called) and address and answers(address):
             import ray
 
             ray.shutdown()
@@ -111,7 +113,13 @@ def answers(address: str) -> bool:
 
 def is_local() -> bool:
     """Whether start_ray would start a cluster of this machine alone."""
-    return not os.environ.get("RAY_ADDRESS")
+    return not has_joined() and not os.environ.get("RAY_ADDRESS")
+
+
+def has_joined() -> bool:
+    """Whether this process is part of a cluster."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 def require_cpus(free: float, *, workers: int | Workers, threads: int) -> None:
@@ -151,6 +159,10 @@ def start_ray(folder: Path) -> tuple[dict[str, float], str]:
     folder: where a local one keeps its sockets and logs.  Returns the resources that are free and the address of the head.
     Raises ResourceError if the cluster cannot be reached or started.
     """
+    if has_joined():
+        import ray
+
+        return ray.available_resources(), ray.get_runtime_context().gcs_address
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")

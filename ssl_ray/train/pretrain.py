@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -44,8 +45,8 @@ class Opened:
 def plan_schedule(config: Config, steps_per_epoch: int) -> loop.Schedule:
     """The steps of a run: `train.steps`, or `train.epochs` whole epochs."""
     total = config.train.steps or config.train.epochs * steps_per_epoch
-    every = config.evaluate.every_epochs
-    return loop.Schedule(total, steps_per_epoch, every * steps_per_epoch if every else None)
+    every = config.evaluate.every_steps or config.evaluate.every_epochs * steps_per_epoch
+    return loop.Schedule(total, steps_per_epoch, every or None)
 
 
 def open_data(config: Config) -> tuple[stream.TrainingData, dict[str, str]]:
@@ -179,7 +180,9 @@ class _Asked:
             os._exit(Stopped.exit_code)
 
     def listen(self) -> dict[int, Any]:
-        """Takes over both signals; returns the handlers that were there."""
+        """Takes over both signals; returns the handlers that were there. In another thread than the main one none are heard."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
         return {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop_here(self, where: str) -> None:
