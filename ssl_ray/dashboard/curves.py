@@ -9,6 +9,8 @@ from ssl_ray.dashboard.drawing import SHORT, colour, levels, of_trials, plain, p
 from ssl_ray.study import analysis
 from ssl_ray.study.results import Study, Trial
 
+MANY = 50
+"""With more trials their lines are thinner."""
 Points = Callable[[Trial], tuple[np.ndarray, np.ndarray]]
 """x and y of a trial's curve, [n]."""
 
@@ -67,7 +69,11 @@ def curves(study: Study, points: Points, *, axis: str = "y", first: bool = True,
                     "name": label,
                     "legendgroup": label,
                     "showlegend": first,
-                    "line": {"color": colour(position, len(values)), "dash": dash, "width": 1.5},
+                    "line": {
+                        "color": colour(position, len(values)),
+                        "dash": dash,
+                        "width": 1.5 if len(study.trials) <= MANY else 0.8,
+                    },
                     "connectgaps": False,
                 }
                 | ({"text": drawn["text"], "marker": {"size": 5}} if markers else {})

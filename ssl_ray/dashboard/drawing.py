@@ -129,6 +129,13 @@ def labelled_axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, "automargin": True, "gridcolor": "rgba(136,136,136,0.25)", "zeroline": False} | more
 
 
+def log_axis(title: str, values: Iterable[float]) -> dict[str, Any]:
+    """A logarithmic axis with ticks at 1, 2 and 5, or wherever plotly puts them if that would be too few."""
+    there = [value for value in values if value > 0]  # no NaN
+    wide = bool(there) and max(there) >= 10 * min(there)
+    return labelled_axis(title, type="log", **({"dtick": "D2"} if wide else {}))
+
+
 def powers_of_two(values: Iterable[float], title: str) -> dict[str, Any]:
     """A logarithmic axis with a tick at each power of two that the values span."""
     exponents = [math.log2(value) for value in values if value > 0]
@@ -142,6 +149,11 @@ def guide_line(x: list[float], y: list[float], name: str, *, dash: str = "dot") 
     """A line that is no result: without trials."""
     line = {"color": GUIDE, "dash": dash, "width": 1.5}
     return {"type": "scatter", "mode": "lines", "x": x, "y": y, "name": name, "line": line, "hoverinfo": "name"}
+
+
+def stacked_height(panels: int) -> int:
+    """Of a figure of so many panels, in pixels."""
+    return 80 + 190 * panels
 
 
 def stacked_axes(titles: list[dict[str, Any]]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from ssl_ray.dashboard.drawing import (
     is_number,
     labelled_axis,
     levels,
+    log_axis,
     number,
     of_trials,
     plain,
@@ -40,20 +41,28 @@ from ssl_ray.dashboard.drawing import (
     shown_value,
     sort_key,
     stacked_axes,
+    stacked_height,
 )
 from ssl_ray.study import analysis
 from ssl_ray.study.results import Study, Trial
 from ssl_ray.study.schema import trial_config
 
+_ACCURACIES = ("linear_accuracy", "knn_accuracy")
+_PERCENT = ".3~%"
+"""Of shares: .839 is shown as 83.9%."""
 X = Literal["epochs", "views", "minutes"]
 _X_FIELDS = {"epochs": "epoch", "views": "views", "minutes": "minutes"}
 _X_TITLES = {"epochs": "training (epochs)", "views": "training (views seen)", "minutes": "training (minutes)"}
 _TITLES = {
     "linear_accuracy": "linear accuracy (% of test images)",
     "knn_accuracy": "kNN accuracy (% of test images)",
-    "alpha": "alpha (exponent of the spectrum)",
+    "alpha": "alpha (exponent)",
     "rankme": "RankMe (dimensions)",
 }
+MOST_BANDS = 8
+"""With more lines than these their seed bands would hide each other."""
+MOST_TICKS = 12
+"""So many different values have a tick each."""
 NO_RESULT = "No trial is complete and has a read-out yet."
 NO_CURVE = "No trial has taken a step yet."
 NO_READOUT = "No trial has a read-out yet."
@@ -94,12 +103,12 @@ def _target(study: Study, target: float | None) -> float | None:
 
 
 def _value_axis(objective: str, **more: Any) -> dict[str, Any]:
-    percent = {"tickformat": ".3~%"} if objective in ("linear_accuracy", "knn_accuracy") else {}
+    percent = {"tickformat": _PERCENT} if objective in _ACCURACIES else {}
     return labelled_axis(_TITLES[objective], **percent, **more)
 
 
 def _shown_result(objective: str, value: float) -> str:
-    return f"{100 * value:.2f} %" if objective in ("linear_accuracy", "knn_accuracy") else number(value)
+    return f"{100 * value:.2f} %" if objective in _ACCURACIES else number(value)
 
 
 def _shown_interval(objective: str, interval: analysis.Interval) -> str:
@@ -190,7 +199,7 @@ def alpha_over_epochs(study: Study) -> go.Figure:
     if epochs:
         above.append(guide_line([min(epochs), max(epochs)], [1.0, 1.0], "alpha = 1") | {"yaxis": "y2"})
     panels = stacked_axes([_value_axis("rankme"), _value_axis("alpha")])
-    return _figure(traces + above, empty=NO_READOUT, xaxis=labelled_axis(_X_TITLES["epochs"]), **panels)
+    return _figure(traces + above, empty=NO_READOUT, xaxis=labelled_axis(_X_TITLES["epochs"]), height=stacked_height(2), **panels)
 
 
 def loss_terms(study: Study) -> go.Figure:
@@ -206,28 +215,33 @@ def loss_terms(study: Study) -> go.Figure:
 
         panel = curves(study, points, axis="y" if i == 0 else f"y{i + 1}", first=i == 0)
         traces += panel
-        positive = all(each is None or each > 0 for trace in panel for each in trace["y"])
         title = "loss (no unit)" if name == "loss" else f"{safe(name).replace('_', ' ')} (no unit)"
-        axes.append(labelled_axis(title, type="log" if positive else "linear"))
-    return _figure(traces, empty=NO_CURVE, xaxis=labelled_axis("training (steps)"), **stacked_axes(axes))
+        drawn = [each for trace in panel for each in trace["y"] if each is not None]
+        axes.append(log_axis(title, drawn) if all(each > 0 for each in drawn) else labelled_axis(title))
+    return _figure(
+        traces, empty=NO_CURVE, xaxis=labelled_axis("training (steps)"), height=stacked_height(len(axes)), **stacked_axes(axes)
+    )
 
 
 def throughput(study: Study) -> go.Figure:
     """Images per second, and the share of the time that workers waited for data, over minutes."""
     traces = curves(study, lambda trial: (trial.curve.minutes, trial.curve.data_wait_share))
     traces += curves(study, lambda trial: (trial.curve.minutes, trial.curve.images_per_s), axis="y2", first=False)
-    wait = labelled_axis("waiting for data (% of the time)", tickformat=".3~%", rangemode="tozero")
+    wait = labelled_axis("data wait (% of time)", tickformat=_PERCENT, rangemode="tozero")
     speed = labelled_axis("throughput (images/s)", rangemode="tozero")
-    return _figure(traces, empty=NO_CURVE, xaxis=labelled_axis(_X_TITLES["minutes"]), **stacked_axes([wait, speed]))
+    return _figure(
+        traces, empty=NO_CURVE, xaxis=labelled_axis(_X_TITLES["minutes"]), height=stacked_height(2), **stacked_axes([wait, speed])
+    )
 
 
 # Projector and beta --------------------------------------------------------------------------------------------------
 
 
 def accuracy_over_dim(study: Study, target: float | None = None) -> go.Figure:
-    """The objective over the projector's dimension: a line for each beta (and whatever else differs), and the best of each d.
+    """The objective over the projector's dimension: a line for each beta, and the best of each d.
 
-    A point is the mean over seeds, the band its t interval.
+    A point is the mean over seeds, the band its t interval (up to MOST_BANDS lines). Where more than d and beta differ, each
+    of their combinations has a line of its own in the colour of its beta.
     """
     objective, head = study.head.objective, study.head
     trials, values = _results(study, objective)
@@ -235,34 +249,45 @@ def accuracy_over_dim(study: Study, target: float | None = None) -> go.Figure:
     found: list[tuple[int, analysis.Interval, list[int]]] = []
     lines = _grouped(trials, lambda trial: _without(trial, "model.projector_dim"))
     lines.sort(key=lambda line: [sort_key(value) for value in _without(trials[line[0]], "model.projector_dim").values()])
-    for position, line in enumerate(lines):
+    labels = [_line_label(trials[line[0]]) for line in lines]
+    different = sorted(set(labels), key=labels.index)
+    for label, line in sorted(zip(labels, lines, strict=True), key=lambda each: labels.index(each[0])):
         widths = sorted({trials[i].d for i in line})
         who = [[i for i in line if trials[i].d == d] for d in widths]
         cells = [analysis.mean_interval(values[each]) for each in who]
         found += zip(widths, cells, who, strict=True)
-        name = setting(_without(trials[line[0]], "model.projector_dim")) or "all trials"
-        shared = {"legendgroup": f"line {position}"}
-        traces += _band(widths, cells, who, trials, fillcolor=colour(position, len(lines)), **shared)
+        name = setting(_without(trials[line[0]], "model.projector_dim")) or label
+        shade = colour(different.index(label), len(different))
+        if len(lines) <= MOST_BANDS:
+            traces += _band(widths, cells, who, trials, fillcolor=shade, legendgroup=label)
         traces.append(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
                 "x": widths,
                 "y": [cell.mean for cell in cells],
-                "name": name,
-                "line": {"color": colour(position, len(lines)), "width": 2},
+                "name": label,
+                "legendgroup": label,
+                "showlegend": label not in {trace.get("name") for trace in traces},
+                "line": {"color": shade, "width": 2 if len(lines) <= MOST_BANDS else 1},
                 "text": [f"d {d}, {name}: {_shown_interval(objective, cell)}" for d, cell in zip(widths, cells, strict=True)],
                 "hoverinfo": "text",
             }
-            | shared
             | of_trials(trials, who)
         )
     if len(lines) > 1:
         traces.append(_best_line(found, trials, head.mode, head.target))
-    if objective in ("linear_accuracy", "knn_accuracy"):
+    if objective in _ACCURACIES:
         traces += _target_line(_target(study, target), [trial.d for trial in trials])
     axis = powers_of_two([trial.d for trial in trials], "projector dimension d (log2)")
     return _figure(traces, empty=NO_RESULT, xaxis=axis, yaxis=_value_axis(objective))
+
+
+def _line_label(trial: Trial) -> str:
+    """beta where it is swept, else whatever is beside d."""
+    if "loss.beta" in trial.settings:
+        return setting({"loss.beta": trial.settings["loss.beta"]})
+    return setting(_without(trial, "model.projector_dim")) or "all trials"
 
 
 def _best_line(
@@ -307,9 +332,11 @@ def best_beta_over_dim(study: Study) -> go.Figure:
         traces.append(trace | {"name": name, "text": text, "hoverinfo": "text", "marker": marker} | of_trials(trials, who))
     traces += _laws(all_best)
     ticks = powers_of_two([each.d for each in all_best], "projector dimension d (log2)")
-    return _figure(
-        traces, empty=NO_RESULT, xaxis=ticks, yaxis=labelled_axis("best β (no unit, log)", type="log", exponentformat="power")
-    )
+    different = sorted({each.beta for each in all_best})
+    betas = log_axis("best β (no unit, log)", different)
+    if len(different) <= MOST_TICKS:
+        betas = betas | {"tickvals": different, "ticktext": [number(each) for each in different]}
+    return _figure(traces, empty=NO_RESULT, xaxis=ticks, yaxis=betas)
 
 
 def _laws(best: list[analysis.BestBeta]) -> list[dict[str, Any]]:
@@ -376,9 +403,9 @@ def pareto(study: Study, target: float | None = None, *, cost: Literal["minutes"
             ends = [float(spanned.min()), float(spanned.max())]
             traces.append(guide_line(ends, [1 - target] * 2, f"target {100 * (1 - target):.4g} %"))
     title = "training (minutes, log)" if cost == "minutes" else f"cost ({unit}, log)"
-    error = labelled_axis(f"error (1 - {_TITLES[objective].partition(' (')[0]}, % of test images)", tickformat=".3~%")
+    error = labelled_axis(f"error (1 - {_TITLES[objective].partition(' (')[0]}, % of test images)", tickformat=_PERCENT)
     empty = NO_RESULT if cost == "minutes" else "No complete trial has a cost."
-    return _figure(traces, empty=empty, xaxis=labelled_axis(title, type="log"), yaxis=error)
+    return _figure(traces, empty=empty, xaxis=log_axis(title, x), yaxis=error)
 
 
 def _price(trial: Trial, cost: str) -> float:
@@ -412,14 +439,15 @@ def fraction_map(study: Study, target: float | None = None, *, show: Literal["ac
             read = (trials[k].readouts for k in mine)
             time = analysis.mean_time(analysis.time_to_target(r.minutes, getattr(r, objective), target) for r in read)
             z[i, j] = math.nan if time.censored else time.time.mean
-            texts[i, j] = f"{'> ' * bool(time.censored)}{number(time.time.mean)} min"
+            texts[i, j] = f"{'> ' * bool(time.censored)}{time.time.mean:.3g} min"
     x, y = [number(each) for each in table.fraction], [str(each) for each in table.m]
     bar = "linear accuracy (%)" if objective == "linear_accuracy" else "kNN accuracy (%)"
     if show == "minutes":
         bar = "minutes" if target is None else f"minutes to {100 * target:.4g} %"
     traces: list[dict[str, Any]] = []
+    frames: list[dict[str, Any]] = []
     if trials:
-        format_ = {"tickformat": ".3~%"} if show == "accuracy" else {}
+        format_ = {"tickformat": _PERCENT} if show == "accuracy" else {}
         heat = {
             "type": "heatmap",
             "x": x,
@@ -430,21 +458,15 @@ def fraction_map(study: Study, target: float | None = None, *, show: Literal["ac
         }
         heat |= {"colorscale": "Cividis", "reversescale": show == "minutes", "colorbar": {"title": {"text": bar}} | format_}
         traces.append(heat | {"name": bar, "hoverinfo": "text", "xgap": 3, "ygap": 3} | of_trials(trials, who.tolist()))
-        framed = [(i, j) for i, j in np.argwhere(table.on_product).tolist() if who[i, j]]
-        frame = {"symbol": "square-open", "size": 44, "color": COLOURS[1], "line": {"width": 3}}
-        mark: dict[str, Any] = {
-            "type": "scatter",
-            "mode": "markers",
-            "x": [x[j] for _, j in framed],
-            "y": [y[i] for i, _ in framed],
-            "marker": frame,
-        }
-        mark |= {"name": f"m x fraction = {number(table.product)}", "showlegend": True, "hoverinfo": "name"}
-        traces.append(mark | of_trials(trials, [who[i, j] for i, j in framed]))
+        name = f"m x fraction = {number(table.product)}"
+        for i, j in np.argwhere(table.on_product & (table.n > 0)).tolist():  # a category's place is its number
+            corners = {"x0": j - 0.48, "x1": j + 0.48, "y0": i - 0.48, "y1": i + 0.48}
+            frame = {"type": "rect", "name": name, "legendgroup": "product", "line": {"color": COLOURS[1], "width": 4}}
+            frames.append(frame | corners | {"showlegend": not frames})
     empty = NO_RESULT if target is not None or show == "accuracy" else "The study has no target accuracy."
     xaxis = labelled_axis("fraction of the images (share)", type="category", showgrid=False)
     yaxis = labelled_axis("views per image m (count)", type="category", showgrid=False)
-    return _figure(traces, empty=empty, xaxis=xaxis, yaxis=yaxis, legend={"orientation": "h", "y": 1.1})
+    return _figure(traces, empty=empty, xaxis=xaxis, yaxis=yaxis, shapes=frames, legend={"orientation": "h", "y": 1.1})
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
@@ -460,17 +482,14 @@ def parallel_coordinates(study: Study) -> go.Figure:
     axes = [_coordinate(key, [trial.settings.get(key) for trial in trials]) for key in study.head.swept]
     minutes = np.array([_price(trial, "minutes") for trial in trials])
     axes.append({"label": "training (minutes)", "values": plain(minutes)})
-    axes.append({"label": _TITLES[objective], "values": plain(values)})
+    percent = {"tickformat": _PERCENT} if objective in _ACCURACIES else {}
+    axes.append({"label": _TITLES[objective], "values": plain(values)} | percent)
     traces: list[dict[str, Any]] = []
     if trials:
-        line = {
-            "color": plain(values),
-            "colorscale": "Cividis",
-            "showscale": True,
-            "colorbar": {"title": {"text": _TITLES[objective]}},
-        }
-        traces.append({"type": "parcoords", "dimensions": axes, "line": line} | of_trials(trials, list(range(len(trials)))))
-    return _figure(traces, empty=NO_RESULT, margin={"l": 80, "r": 40, "t": 70, "b": 30})
+        line = {"color": plain(values), "colorscale": "Cividis"}
+        trace = {"type": "parcoords", "dimensions": axes, "line": line, "labelangle": -12}
+        traces.append(trace | of_trials(trials, list(range(len(trials)))))
+    return _figure(traces, empty=NO_RESULT, margin={"l": 80, "r": 80, "t": 90, "b": 30})
 
 
 def _coordinate(key: str, values: list[Any]) -> dict[str, Any]:
@@ -482,7 +501,7 @@ def _coordinate(key: str, values: list[Any]) -> dict[str, Any]:
         spread = bool(numbers.min() > 0 and numbers.max() / numbers.min() >= 4)
         scaled = np.log2(numbers) if spread else numbers
         made: dict[str, Any] = {"label": f"{label} (log2)" if spread else label, "values": plain(scaled)}
-        if len(different) <= 12:
+        if len(different) <= MOST_TICKS:
             at = np.array(different, dtype=np.float64)
             made |= {"tickvals": plain(np.log2(at) if spread else at), "ticktext": [number(value) for value in different]}
         elif spread:
@@ -509,6 +528,8 @@ def importance_bars(study: Study) -> go.Figure:
             "x": shares,
             "y": names,
             "text": [f"{100 * share:.1f} %" for share in shares],
+            "textposition": "outside",
+            "cliponaxis": False,
         }
         marker = {"color": [GUIDE, *[COLOURS[0]] * len(bars)]}
         trace |= {
@@ -523,7 +544,7 @@ def importance_bars(study: Study) -> go.Figure:
     return _figure(
         traces,
         empty=empty,
-        xaxis=labelled_axis(title, tickformat=".3~%", range=[0, 1]),
+        xaxis=labelled_axis(title, tickformat=_PERCENT, range=[0, 1.1]),
         yaxis=labelled_axis("swept key", type="category"),
     )
 
