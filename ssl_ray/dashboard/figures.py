@@ -417,7 +417,8 @@ def _price(trial: Trial, cost: str) -> float:
 def fraction_map(study: Study, target: float | None = None, *, show: Literal["accuracy", "minutes"] = "accuracy") -> go.Figure:
     """Accuracy, or minutes to the target, for each m and fraction; framed where m times fraction is the most frequent product.
 
-    A cell is the mean over its trials. Where one of them did not reach the target, the cell has no colour and says so.
+    A cell is the mean over its trials, seeds and whatever else differs between them: select those of one d and beta first.
+    Where one of them did not reach the target, the cell has no colour and says so.
     """
     objective, target = accuracy_name(study), _target(study, target)
     trials, values = _results(study, objective)

@@ -212,6 +212,8 @@ def _each(call: Callable[[K], T], of: Iterable[K], *, remote: bool) -> list[T]:
 
 
 def _read_trial(uri: str, head: Head, planned: Planned, *, known: Trial | None, there: bool) -> Trial:
+    if known is not None and (known.settings, known.seed, known.hash) != (planned.settings, planned.seed, planned.hash):
+        known = None
     if known is not None and known.state.status == "complete":
         return known
     at = trial_uri(uri, planned.name)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -273,6 +274,17 @@ def test_a_study_that_was_made_anew_is_not_mixed_with_what_was_there(tmp_path: P
     schema.write_study(uri, synthetic.head(2, created=NOW))
     schema.write_state(uri, study.trials[0].name, running())
     assert [trial.state.status for trial in read_study(uri, study).trials] == ["running", "complete"]
+
+
+def test_a_trial_that_became_another_is_read_anew(tmp_path: Path):
+    uri = str(tmp_path / "study")
+    made = synthetic.write(uri, 2, 10)
+    study = read_study(uri)
+    changed = dataclasses.replace(made.trials[0], settings=made.trials[0].settings | {"views.count": 16})
+    schema.write_study(uri, dataclasses.replace(made, trials=(changed, made.trials[1])))
+    again = read_study(uri, study)
+    assert again.trials[0].m == 16
+    assert again.trials[1] is study.trials[1]
 
 
 def test_a_segment_that_goes_while_it_is_read_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
