@@ -17,6 +17,7 @@ from ssl_ray.config import Config
 from ssl_ray.errors import DataError, SslRayError, Stopped, UsageError, shown
 
 RECIPES = Path(__file__).parent / "recipes"
+STUDIES = Path(__file__).parent / "study" / "studies"
 MEAN_BYTES, SHARD_BYTES = 110_000, 2**26
 """Of a data set that is planned: images as ImageNet's, shards as `data pack` makes them."""
 MAX_RECIPE, MAX_DEPTH = 2**20, 20
@@ -66,11 +67,15 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def _read_recipe(name: str) -> dict[str, Any]:
-    """The values of a recipe: the name of one that comes with ssl_ray, a YAML file, or a run (its configuration)."""
+def _read_recipe(name: str, *, folder: Path = RECIPES) -> dict[str, Any]:
+    """The values of a recipe: the name of one that comes with ssl_ray, a YAML file, or a run (its configuration).
+
+    folder: of those that come with ssl_ray; with STUDIES it is a study that is read.
+    """
     import yaml
 
-    path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    path = folder / f"{name}.yaml" if name in known else Path(name)
     try:
         is_run, there = "://" in name or path.is_dir(), path.exists()
     except (OSError, ValueError) as error:  # longer than a name can be, or with a zero byte
@@ -80,8 +85,8 @@ def _read_recipe(name: str) -> dict[str, Any]:
 
         return load_run(name)["config"] | {"run": name}
     if not there:
-        near = difflib.get_close_matches(name, recipe_names(), n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Recipes: {', '.join(recipe_names())}."
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
         raise UsageError(f"{name}: no such recipe, file or run. {hint}")
     try:
         with path.open(encoding="utf-8") as file:
@@ -188,6 +193,48 @@ def _runs_list(options: argparse.Namespace) -> Result:
     from ssl_ray.train.runs import list_runs
 
     return list_runs(options.uri), console.rows_or(f"no runs below {options.uri}")
+
+
+def _study_run(options: argparse.Namespace) -> Result:
+    from ssl_ray.study import run, spec
+
+    values = _read_recipe(options.study, folder=STUDIES)
+    small = values.pop("small", None)
+    if options.small and small is None:
+        raise UsageError(f"--small: {options.study} has no part `small`, which says what is smaller.")
+    made = spec.parse({"name": Path(options.study).stem} | values | (small if options.small else {}), source=options.study)
+    base = read_config(made.recipe, [*(f"{key}={value}" for key, value in made.keys.items()), *options.overrides])
+    uri = storage.absolute(options.output or f"studies/{made.name}{'-small' if options.small else ''}")
+    with console.progress(quiet=options.json) as progress:
+        progress("stage", {"text": console.study_plan(uri, run.prepare(uri, made, base, progress=progress))})
+        study = run.run(uri, progress=progress)
+    return study.summary, console.study_summary
+
+
+def _study_resume(options: argparse.Namespace) -> Result:
+    from ssl_ray.study import run
+
+    with console.progress(quiet=options.json) as progress:
+        return run.run(storage.absolute(options.uri), progress=progress).summary, console.study_summary
+
+
+def _study_status(options: argparse.Namespace) -> Result:
+    from ssl_ray.study import results
+
+    return results.rows(results.read_study(storage.absolute(options.uri))), console.rows_or("no trials")
+
+
+def _study_stop(options: argparse.Namespace) -> Result:
+    from ssl_ray.study import run
+
+    run.ask_to_stop(storage.absolute(options.uri), options.trial)
+    return {"asked to stop": options.trial or options.uri}, console.record
+
+
+def _study_list(options: argparse.Namespace) -> Result:
+    from ssl_ray.study import results
+
+    return results.list_studies(storage.absolute(options.uri)), console.rows_or(f"no studies below {options.uri}")
 
 
 def _data_pack(options: argparse.Namespace) -> Result:
@@ -396,10 +443,29 @@ def _parser() -> argparse.ArgumentParser:
     diff = _add(configs, "diff", _config_diff, "The keys in which two recipes or runs differ.")
     diff.add_argument("a", help="a recipe's name, a YAML file or a run")
     diff.add_argument("b", help="likewise")
+    _add_study(_group(verbs, "study", "Studies: many runs that differ in a few keys, compared."))
     runs = _group(verbs, "runs", "Runs: list.")
     listing = _add(runs, "list", _runs_list, "The runs below a folder or URI.")
     listing.add_argument("uri", nargs="?", default="runs", help="default: runs")
     return parser
+
+
+def _add_study(verbs: Any) -> None:
+    names = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
+    run = _add(verbs, "run", _study_run, "Run a study, from wherever it stands.")
+    run.add_argument("study", metavar="STUDY", help=f"{names}, or a YAML file")
+    run.add_argument("-o", "--output", metavar="URI", help="folder or URI of the study; default: studies/NAME")
+    run.add_argument("--small", action="store_true", help="the small variant: the digits, minutes on two CPU cores")
+    _takes_keys(run)
+    resume = _add(verbs, "resume", _study_resume, "Run what a study lacks: trials that were stopped with it, lost or failed.")
+    resume.add_argument("uri", help="folder or URI of the study")
+    status = _add(verbs, "status", _study_status, "Where each trial of a study stands.")
+    status.add_argument("uri", help="folder or URI of the study")
+    stop = _add(verbs, "stop", _study_stop, "Have a study that runs elsewhere stop, with checkpoints; or end one trial for good.")
+    stop.add_argument("uri", help="folder or URI of the study")
+    stop.add_argument("trial", nargs="?", metavar="TRIAL", help="its name, as `study status` shows it; default: the whole study")
+    listing = _add(verbs, "list", _study_list, "The studies below a folder or URI.")
+    listing.add_argument("uri", nargs="?", default="studies", help="default: studies")
 
 
 def _add_data(verbs: Any) -> None:

@@ -93,6 +93,15 @@ def _evaluation_line(value: dict[str, Any]) -> str:
     return f"{at}: " + ", ".join(f"{name} {_short(value[key])}" for name, key in _READOUTS if value[key] is not None) + lost
 
 
+def _trial_line(value: dict[str, Any]) -> str:
+    what = value["status"]
+    if value["status"] == "complete":
+        what += f": {value['objective']} {_short(value['result'])}"
+    elif why := value.get("error") or value.get("reason"):
+        what += f": {in_line(why.splitlines()[-1])}"
+    return f"{value['name']} {what} ({value['ended']} of {value['trials']} ended)"
+
+
 _READOUTS = (("linear", "linear_accuracy"), ("kNN", "knn_accuracy"), ("alpha", "alpha"), ("RankMe", "rankme"))
 
 
@@ -127,6 +136,8 @@ def _lines() -> Callable[[str, dict[str, Any]], None]:
                 _say(value["text"])
             case "evaluation":
                 _say(_evaluation_line(value))
+            case "trial":
+                _say(f"[{time.monotonic() - begun:5.0f} s] {_trial_line(value)}")
             case "step":
                 speed, wait = rate.add(value)
                 if time.monotonic() - last > LINE_EVERY_S or value["step"] + 1 == total:
@@ -156,12 +167,23 @@ def _live() -> Iterator[Callable[[str, dict[str, Any]], None]]:
                     bar.update(task, description=shown(what))
                 case "evaluation":
                     bar.console.print(_evaluation_line(value), highlight=False)
+                case "trial":
+                    bar.console.print(shown(_trial_line(value)), highlight=False, markup=False)
+                    bar.update(task, description="trials", total=value["trials"], completed=value["ended"])
                 case "step":
                     speed, wait = rate.add(value)
                     text = f"loss {value['loss']:.4g}  {speed:,.0f} images/s  wait {wait:.0%}"
                     bar.update(task, description="training", completed=value["step"] + 1, text=text)
 
         yield show
+
+
+def study_plan(uri: str, head: Any) -> str:
+    """What a study is about to take, from its study.json."""
+    predicted = head.predicted
+    cost = "" if predicted["cost"] is None else f", {predicted['cost']:.2f} {head.currency or ''}".rstrip()
+    minutes = f"{predicted['minutes']:.0f}" if predicted["minutes"] >= 10 else f"{predicted['minutes']:.1f}"
+    return f"{uri}: {predicted['trials']} trials, {predicted['steps']:,} steps, {minutes} minutes of a trial's machine{cost}"
 
 
 # Results ------------------------------------------------------------------------------------------------------------
@@ -314,6 +336,13 @@ def summary(values: dict[str, Any]) -> None:
     else:
         print("\nno linear and kNN read-outs: the images have no labels")
     print(f"\nResults: {in_line(values['run'])} (summary.json, metrics/, evaluations/, checkpoints/)")
+
+
+def study_summary(values: dict[str, Any]) -> None:
+    """Predicted against real, and how the trials ended."""
+    for name in ("predicted", "real"):
+        print(f"{name:<10}" + ", ".join(f"{key} {_short(value)}" for key, value in (values[name] or {}).items()))
+    print("trials    " + ", ".join(f"{count} {status}" for status, count in values["counts"].items()))
 
 
 _END = (

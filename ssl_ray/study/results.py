@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, get_args
@@ -175,6 +176,28 @@ def write_summary(uri: str, study: Study) -> dict[str, Any]:
     summary = summarise(study)
     runs.write_json(storage.join(uri, "summary.json"), {"format_version": FORMAT_VERSION} | summary)
     return summary
+
+
+def rows(study: Study) -> list[dict[str, Any]]:
+    """A row for each trial, for a terminal."""
+    now = time.time()
+    return [
+        {"trial": trial.name, "status": shown_status(trial.state, now=now)}
+        | {key: trial.settings[key] for key in study.head.swept if key in trial.settings}
+        | {"seed": trial.seed, study.head.objective: trial.result(study.head.objective)}
+        | {"minutes": round(trial.state.seconds / 60, 2), "why": trial.state.error or trial.state.reason or ""}
+        for trial in study.trials
+    ]
+
+
+def list_studies(uri: str) -> list[dict[str, Any]]:
+    """A row for each study at or directly below `uri`."""
+    found = [read_study(at) for at in find_studies(uri)]
+    return [
+        {"study": study.uri, "name": study.head.name, "trials": len(study.trials)}
+        | {"ended": sum(trial.state.status in ENDED for trial in study.trials), "objective": study.head.objective}
+        for study in found
+    ]
 
 
 # Reading -------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from ssl_ray.study.schema import Head, Planned, State, trial_uri
 from ssl_ray.study.spec import Spec, budgeted, cells, configured, trial_name
 from ssl_ray.train import cluster, lease, pretrain
 from ssl_ray.train.forecast import forecast
+from ssl_ray.train.runs import read_json
 
 HEARTBEAT_S = 5.0
 RESTARTS = 3
@@ -309,17 +310,22 @@ class Keeper:
         self.states[name] = state
         schema.write_state(self.uri, name, state)
 
+    def _tell(self, name: str, **more: Any) -> None:
+        ended = sum(state.status in schema.ENDED for state in self.states.values())
+        status = self.states[name].status
+        self.progress("trial", {"name": name, "status": status, "ended": ended, "trials": len(self.states), **more})
+
     def begins(self, name: str) -> None:
         state = self.states[name]
         self.running[name] = state.seconds - time.monotonic()
         started = state.started or time.time()
         self._write(name, status="running", started=started, attempts=state.attempts + 1, error=None, reason=None, ended=None)
-        self.progress("trial", {"name": name, "status": "running"})
+        self._tell(name)
 
-    def ends(self, name: str, status: schema.Status, **why: Any) -> None:
-        self._write(name, status=status, ended=time.time(), **why)
+    def ends(self, name: str, status: schema.Status, *, error: str | None = None, reason: str | None = None, **told: Any) -> None:
+        self._write(name, status=status, ended=time.time(), error=error, reason=reason)
         self.running.pop(name, None)
-        self.progress("trial", {"name": name, "status": status, **why})
+        self._tell(name, error=error, reason=reason, **told)
 
     def beat(self) -> None:
         """Now and then."""
@@ -376,7 +382,8 @@ class Keeper:
         elif "stopped" in said:
             self.ends(name, "stopped", reason="`ssl-ray study stop` asked for it")
         elif storage.exists(storage.join(trial_uri(self.uri, name), "summary.json")):
-            self.ends(name, "complete")
+            result = read_json(storage.join(trial_uri(self.uri, name), "summary.json"))[self.head.objective]
+            self.ends(name, "complete", objective=self.head.objective, result=result)
         else:
             self.ends(name, "stopped", reason="the scheduler ended it: others were better after as many views")
 

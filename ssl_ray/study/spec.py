@@ -23,6 +23,7 @@ Everything random is a pure function of the study's own text.
 
 import dataclasses
 import itertools
+import json
 import math
 from typing import Any, Literal
 
@@ -116,18 +117,19 @@ def cells(spec: Spec) -> list[dict[str, Any]]:
     """The settings of all trials but for their seeds, in the order of the study's text, none twice."""
     drawn = [key for key, how in spec.sweep.items() if next(iter(how)) in DRAWN]
     grids = {key: how["grid"] for key, how in spec.sweep.items() if key not in drawn}
-    found: list[dict[str, Any]] = []
+    draws = spec.draws if drawn else 1
+    trials = max(1, len(spec.cells)) * math.prod(map(len, grids.values())) * draws * len(spec.seeds)
+    if trials > MAX_TRIALS:
+        raise UsageError(f"{spec.name}: {trials:,} trials, expected {MAX_TRIALS:,} at most.")
+    found: dict[str, dict[str, Any]] = {}
     products = itertools.product(spec.cells or [{}], itertools.product(*grids.values()))
     for number, (cell, values) in enumerate(products):
-        for draw in range(spec.draws if drawn else 1):
+        for draw in range(draws):
             random = np.random.default_rng([number, draw])
             settings = cell | dict(zip(grids, values, strict=True))
             settings |= {key: _draw(random, *next(iter(spec.sweep[key].items()))) for key in drawn}
-            if settings not in found:
-                found.append(settings)
-    if len(found) * len(spec.seeds) > MAX_TRIALS:
-        raise UsageError(f"{spec.name}: {len(found) * len(spec.seeds):,} trials, expected {MAX_TRIALS:,} at most.")
-    return found
+            found.setdefault(json.dumps(settings), settings)
+    return list(found.values())
 
 
 def _draw(random: np.random.Generator, kind: str, of: list[Any]) -> Any:
@@ -162,5 +164,5 @@ def trial_name(number: int, settings: dict[str, Any], seed: int) -> str:
     parts = [
         f"{short.get(key, key.rpartition('.')[2])}{value}" for key, value in settings.items() if isinstance(value, int | float)
     ]
-    safe = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)
+    safe = "-".join("".join(c if c.isalnum() or c in "._-" else "_" for c in part) for part in parts)
     return f"{number:04d}-{safe[:60]}-s{seed}" if safe else f"{number:04d}-s{seed}"
