@@ -104,7 +104,8 @@ def test_a_study_whose_driver_is_killed_goes_on_to_the_same_results(whole: Study
     done = ssl_ray({}, "study", "resume", str(uri), "--json").ok().json
     assert done["counts"] == {"complete": 4}
     assert comparable(read_study(str(uri))) == comparable(whole)
-    assert sum(trial.state.attempts for trial in read_study(str(uri)).trials) > 4
+    attempts = [trial.state.attempts for trial in read_study(str(uri)).trials]
+    assert sum(attempts) > 4 if after == "running" else sum(attempts) >= 4  # none may have run at that moment
 
 
 @pytest.mark.long
