@@ -256,7 +256,7 @@ def _kind(annotation: str) -> str:
 
 
 def evaluation(values: dict[str, Any]) -> None:
-    record({key: value for key, value in values.items() if key != "protocol"})
+    record({key: value for key, value in values.items() if key not in ("protocol", "spectrum")})
 
 
 def check(report: dict[str, Any]) -> None:

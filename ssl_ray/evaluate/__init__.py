@@ -3,7 +3,7 @@
 from ssl_ray.evaluate.features import calibrate_batch_norm, features
 from ssl_ray.evaluate.protocol import PROTOCOL, evaluate_features
 from ssl_ray.evaluate.readout import Readout, knn_accuracy, linear_readout
-from ssl_ray.evaluate.spectrum import Alpha, alpha, rankme
+from ssl_ray.evaluate.spectrum import Alpha, alpha, rankme, spectrum
 
 __all__ = [
     "PROTOCOL",
@@ -16,4 +16,5 @@ __all__ = [
     "knn_accuracy",
     "linear_readout",
     "rankme",
+    "spectrum",
 ]

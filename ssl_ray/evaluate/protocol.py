@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ssl_ray.evaluate.readout import L2_GRID, L2_WITHOUT_HELD_OUT, knn_accuracy, linear_readout
-from ssl_ray.evaluate.spectrum import FIRST_RANK, MIN_RANKS, alpha, rankme
+from ssl_ray.evaluate.spectrum import FIRST_RANK, MIN_RANKS, alpha, rankme, spectrum
 
 KNN_K = 20
 
@@ -57,6 +57,7 @@ def evaluate_features(
         "alpha": None if math.isnan(decay.alpha) else decay.alpha,
         "alpha_fit_range": None if decay.fit_range is None else list(decay.fit_range),
         "rankme": rankme(test_h),
+        "spectrum": [list(each) for each in spectrum(test_h)],
         "num_train": len(train_h),
         "num_test": len(test_h),
         "protocol": PROTOCOL,

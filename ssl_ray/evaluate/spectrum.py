@@ -13,6 +13,8 @@ FIRST_RANK = 3
 """First rank of the default fit: one or two leading directions often stand apart from the power law."""
 MIN_RANKS = 8
 """Fewer eigenvalues than this give no exponent."""
+MAX_RANKS = 100
+"""Eigenvalues that a read-out keeps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,8 @@ def alpha(h: np.ndarray, fit_range: tuple[int, int] | None = None) -> Alpha:
     first, last = fit_range or default_fit_range(*values.shape)
     if fit_range and not 1 <= first < last:
         raise ValueError(f"fit_range: got {fit_range}, expected two increasing ranks from 1.")
-    spectrum = _gram_eigenvalues(values - values.mean(axis=0)) / len(values)
-    floor = 1e-13 * np.mean(np.sum(values**2, axis=1))
-    last = min(last, int(np.count_nonzero(spectrum > floor)))
+    spectrum = _covariance_eigenvalues(values)
+    last = min(last, len(spectrum))
     if last - first + 1 < MIN_RANKS:
         return Alpha(alpha=math.nan, fit_range=None, r2=math.nan)
     rank = np.arange(first, last + 1)
@@ -61,6 +62,22 @@ def alpha(h: np.ndarray, fit_range: tuple[int, int] | None = None) -> Alpha:
     total = (weight * y) @ y
     r2 = 1 - weight @ (y - slope * x) ** 2 / total if total > 0 else 1.0
     return Alpha(alpha=float(-slope), fit_range=(first, last), r2=float(r2))
+
+
+def spectrum(h: np.ndarray) -> list[tuple[int, float]]:
+    """(rank, eigenvalue) of the covariance of h, largest first, ranks from 1; of more than MAX_RANKS as many, evenly in log rank.
+
+    h: float [n, D], n >= 1. Those that are only rounding are left out.  Raises ValueError for NaN or infinity, or another shape.
+    """
+    values = _covariance_eigenvalues(_checked(h))
+    ranks = np.unique(np.geomspace(1, max(1, len(values)), MAX_RANKS).round().astype(int))
+    return [(int(rank), float(values[rank - 1])) for rank in ranks if rank <= len(values)]
+
+
+def _covariance_eigenvalues(values: np.ndarray) -> np.ndarray:
+    """Largest first, as far as they are more than rounding: above 1e-13 of the mean |h|^2."""
+    found = _gram_eigenvalues(values - values.mean(axis=0)) / len(values)
+    return found[found > 1e-13 * np.mean(np.sum(values**2, axis=1))]
 
 
 def rankme(h: np.ndarray) -> float:

@@ -15,6 +15,7 @@ KEYS = {
     "alpha",
     "alpha_fit_range",
     "rankme",
+    "spectrum",
     "num_train",
     "num_test",
     "protocol",

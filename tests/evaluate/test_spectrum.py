@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_ray.evaluate.spectrum import alpha, default_fit_range, rankme
+from ssl_ray.evaluate.spectrum import alpha, default_fit_range, rankme, spectrum
 
 
 def with_spectrum(eigenvalues, n, seed=0):
@@ -72,6 +72,22 @@ def test_eigenvalues_that_are_only_rounding_end_the_range():
         got = alpha(features)
         assert got.fit_range == (3, 20)
         assert got.alpha == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(("n", "dims"), [(600, 50), (40, 300), (900, 700)])
+def test_the_spectrum_is_that_of_numpys_covariance_thinned_evenly_in_log_rank(n, dims):
+    h = np.random.default_rng(0).normal(size=(n, dims)) * np.arange(1, dims + 1) ** -0.4 + 0.2
+    expected = np.linalg.eigvalsh(np.cov(h, rowvar=False, bias=True))[::-1]
+    ranks, values = zip(*spectrum(h), strict=True)
+    assert values == pytest.approx([expected[rank - 1] for rank in ranks], rel=1e-6)
+    assert ranks[:10] == tuple(range(1, 11))
+    assert ranks[-1] == min(n - 1, dims)
+    assert len(ranks) <= 100
+    assert max(np.diff(np.log(ranks[10:]))) < 0.15
+
+
+def test_features_that_are_all_the_same_have_no_spectrum():
+    assert spectrum(np.full((20, 5), 3.0)) == []
 
 
 @pytest.mark.parametrize(("n", "dims"), [(200, 50), (40, 100), (64, 64), (1, 5), (5, 1)])
