@@ -15,13 +15,14 @@ from typing import Any
 
 from ssl_ray import config, storage
 from ssl_ray.config import Config
-from ssl_ray.errors import ResourceError, SslRayError, Stopped, UsageError
+from ssl_ray.errors import SslRayError, Stopped, UsageError
 from ssl_ray.study import schema
 from ssl_ray.study.results import Study, read_study, write_summary
 from ssl_ray.study.schema import Head, Planned, State, trial_uri
 from ssl_ray.study.spec import Spec, budgeted, cells, configured, trial_name
 from ssl_ray.train import cluster, lease, pretrain
 from ssl_ray.train.forecast import forecast
+from ssl_ray.train.runs import ask_to_stop as ask_run_to_stop
 from ssl_ray.train.runs import read_json
 
 HEARTBEAT_S = 5.0
@@ -124,7 +125,11 @@ def run_trial(given: dict[str, Any]) -> None:
     head = schema.read_head(given["study"])
     planned = next(trial for trial in head.trials if trial.name == given["trial"])
     made = configured(head.base, planned.settings, seed=planned.seed, source=head.name)
-    made = dataclasses.replace(made, run=trial_uri(given["study"], planned.name))
+    # One worker trains here: the result is the same, and a process for it would cost as much again.
+    workers = 0 if made.train.workers == 1 else made.train.workers
+    made = dataclasses.replace(
+        made, run=trial_uri(given["study"], planned.name), train=dataclasses.replace(made.train, workers=workers)
+    )
     views = made.train.batch * made.views.count
 
     def progress(kind: str, value: dict[str, Any]) -> None:
@@ -134,7 +139,7 @@ def run_trial(given: dict[str, Any]) -> None:
     try:
         if asked_to_stop(given["study"], planned.name):
             raise Stopped("stopped before it began.")
-        pretrain.pretrain(made, resume="auto", leased=True, progress=progress)
+        pretrain.pretrain(made, resume="auto", leased=True, progress=progress, share=given["share"])
     except SslRayError as error:
         tune.report({"stopped" if isinstance(error, Stopped) else "error": str(error)})
 
@@ -190,21 +195,20 @@ def run(uri: str, *, progress: Progress) -> Study:
             raise Stopped("stopped; `ssl-ray study resume` continues with what is missing.")
 
 
-def per_trial(made: Config) -> float:
-    """CPUs that a trial needs: to train in its own process, or for its workers and their streams."""
-    workers = made.train.most_workers()
-    return made.train.threads * (1.0 if workers == 0 else 2.0 * workers)
+def alone(made: Config) -> bool:
+    """Whether a trial trains in its own process, and is given its CPUs by Tune; else Ray Train gives them to its workers."""
+    return made.train.most_workers() <= 1
 
 
 def concurrency(available: dict[str, float], configs: list[Config]) -> int:
-    """So many trials at a time, each with what it needs. Raises ResourceError where one does not fit."""
-    needs, there = max(map(per_trial, configs)), available.get("CPU", 0.0)
-    if needs > there:
-        raise ResourceError(
-            f"a trial needs {needs:g} CPUs (train.workers={configs[0].train.workers}, train.threads={configs[0].train.threads}), "
-            f"the cluster has {there:g} free. Set train.workers=0, fewer train.threads, or add nodes."
-        )
-    return int(there / needs)
+    """So many trials at a time, each with the CPUs of its threads, or for each of several workers as many again for its data; but
+    one where there are parts of CPUs for it. Raises ResourceError where there are not.
+    """
+    there = available.get("CPU", 0.0)
+    needs = max(made.train.threads * (1.0 if alone(made) else 2.0 * made.train.most_workers()) for made in configs)
+    for made in configs:
+        cluster.require_cpus(there, workers=made.train.workers, threads=made.train.threads)
+    return max(1, int(there / needs))
 
 
 def _tune(uri: str, head: Head, study: Study, names: list[str], keeper: "Keeper", *, asked: Any, progress: Progress) -> None:
@@ -227,11 +231,12 @@ def _tune(uri: str, head: Head, study: Study, names: list[str], keeper: "Keeper"
             logging.getLogger(name).setLevel(logging.ERROR)
         at_a_time = concurrency(session.available, configs)
         progress("stage", {"text": f"{len(names)} trials to run, {at_a_time} at a time"})
-        alone = configs[0].train.most_workers() == 0
-        trainable = tune.with_resources(run_trial, {"CPU": per_trial(configs[0]) if alone else 0.01})
+        # A trial of several workers only waits for them.
+        cpus = max(min(made.train.threads, session.available["CPU"]) if alone(made) else 0.01 for made in configs)
+        trainable = tune.with_resources(run_trial, {"CPU": cpus})
         tuner = tune.Tuner(
             trainable,
-            param_space={"study": uri, "trial": tune.grid_search(names)},
+            param_space={"study": uri, "share": 1 / at_a_time, "trial": tune.grid_search(names)},
             tune_config=tune.TuneConfig(
                 scheduler=_scheduler(head, study), max_concurrent_trials=at_a_time, reuse_actors=False, num_samples=1
             ),
@@ -344,7 +349,7 @@ class Keeper:
             stops = storage.list_names(storage.join(self.uri, "stops"))
             for name in self.running:
                 if self.stopping or name in stops:
-                    storage.write_atomic(storage.join(trial_uri(self.uri, name), "stop"), b"")
+                    ask_run_to_stop(trial_uri(self.uri, name))
 
     def callback(self) -> Any:
         from ray import tune

@@ -53,7 +53,7 @@ class Session:
     folder: Path
     """Of this process; it ends with the session."""
     available: dict[str, float]
-    """What was free of the cluster's resources."""
+    """What was free of the cluster's resources; of a cluster that this process is part of, all of them."""
     address: str
     """Of Ray's head."""
     call: Callable[..., "Future[Any]"]
@@ -162,7 +162,7 @@ def start_ray(folder: Path) -> tuple[dict[str, float], str]:
     if has_joined():
         import ray
 
-        return ray.available_resources(), ray.get_runtime_context().gcs_address
+        return ray.cluster_resources(), ray.get_runtime_context().gcs_address
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")

@@ -98,10 +98,11 @@ def _require_cpus(config: Config) -> None:
         cluster.require_cpus(os.cpu_count() or 1, workers=config.train.workers, threads=config.train.threads)
 
 
-def pretrain(config: Config, *, resume: str, leased: bool, progress: Progress) -> dict[str, Any]:
+def pretrain(config: Config, *, resume: str, leased: bool, progress: Progress, share: float = 1.0) -> dict[str, Any]:
     """Runs `config` to its end, from wherever its run stands; returns the summary, which is also RUN/summary.json.
 
     leased: refuse to train a run that another driver trains (see lease.py).
+    share: of what the cluster has free, or of all of it where this process is part of it, as a trial of a study is.
     Raises the SslRayError that ended the run early; Stopped on SIGINT or SIGTERM, with a checkpoint.
     """
     with signals() as asked:
@@ -116,7 +117,7 @@ def pretrain(config: Config, *, resume: str, leased: bool, progress: Progress) -
             if held is not None:
                 opened = dataclasses.replace(opened, lease=held.number)
             storage.remove(storage.join(opened.uri, "stop"))
-            with made_ready(opened, asked, progress) as ready:
+            with made_ready(opened, asked, progress, share=share) as ready:
                 readouts = _Readouts(opened.uri, ready.evaluate, progress)
 
                 def beside() -> None:
@@ -234,7 +235,13 @@ class Ready:
 
 @contextmanager
 def made_ready(
-    opened: Opened, asked: _Asked, progress: Progress, *, watch: Watch = iter, environment: dict[str, str] | None = None
+    opened: Opened,
+    asked: _Asked,
+    progress: Progress,
+    *,
+    watch: Watch = iter,
+    environment: dict[str, str] | None = None,
+    share: float = 1.0,
 ) -> Iterator[Ready]:
     """Makes ready on Ray (which runs as long as the context) or, with train.workers=0, in this process.
 
@@ -257,7 +264,8 @@ def made_ready(
     with cluster.ray_session(listen) as session:
         from ssl_ray.train import ray_train
 
-        resources = ray_train.plan_resources(session.available, workers=config.train.workers, threads=config.train.threads)
+        available = {name: share * value for name, value in session.available.items()}
+        resources = ray_train.plan_resources(available, workers=config.train.workers, threads=config.train.threads)
         ray_train.require_memory(config, opened.data)
         progress("stage", {"text": f"starting {_counted(config.train)}"})
         train = functools.partial(
