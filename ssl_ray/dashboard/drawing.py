@@ -106,11 +106,15 @@ def colour(position: int, count: int) -> str:
     return "#{:02X}{:02X}{:02X}".format(*(round(float(each)) for each in channels))
 
 
-def of_trials(trials: Sequence[Trial], points: list) -> dict[str, Any]:
-    """Whose points they are. points: of each the position in `trials`, a list of positions, or lists of such, row by row."""
+def of_trials(trials: Sequence[Trial], points: list, *, derived: str | None = None) -> dict[str, Any]:
+    """Whose points they are. points: of each the position in `trials`, a list of positions, or lists of such, row by row.
+
+    derived: what they are, if more than their trials' results: see ssl_ray.dashboard.figures.
+    """
     used = sorted(set(_leaves(points)))
     place = {position: i for i, position in enumerate(used)}
-    return {"meta": {"trials": [trials[i].name for i in used]}, "customdata": _replaced(points, place)}
+    meta = {"trials": [trials[i].name for i in used]} | ({} if derived is None else {"derived": derived})
+    return {"meta": meta, "customdata": _replaced(points, place)}
 
 
 def _leaves(points: list | int) -> Iterator[int]:

@@ -5,7 +5,8 @@ to show yet it says so. Nothing here reads, and the same study gives the same fi
 
 What a page needs to filter without asking again: a trace of results has `meta["trials"]`, the names of its trials, and
 `customdata`, for each point the positions in that list of the trials that it shows: a number, or a list where a point is a mean
-over several. Guide lines have neither. Points are plain lists, and None separates the curves of a trace.
+over several. Guide lines have neither. What is not the mean of
+its trials alone says so in `meta["derived"]`: a band, the best of several, a front. Points are plain lists, and None separates the curves of a trace.
 
 Texts from results are escaped; names in `meta` and values in `customdata` are data and not. Final results are those of complete
 trials only, since others have not had the same budget. Curves have at most 200 points (least and largest of equal parts).
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from ssl_ray.dashboard.curves import Points, curves
+from ssl_ray.dashboard.curves import MANY, Points, curves
 from ssl_ray.dashboard.drawing import (
     COLOURS,
     GUIDE,
@@ -151,7 +152,10 @@ def _band(
     y = [cells[i].high for i in bounded] + [cells[i].low for i in bounded[::-1]]
     trace = {"type": "scatter", "mode": "lines", "x": [x[i] for i in around], "y": y, "fill": "toself", "hoverinfo": "skip"}
     return [
-        trace | {"line": {"width": 0}, "opacity": 0.2, "showlegend": False} | of_trials(trials, [who[i] for i in around]) | more
+        trace
+        | {"line": {"width": 0}, "opacity": 0.2, "showlegend": False}
+        | of_trials(trials, [who[i] for i in around], derived="band")
+        | more
     ]
 
 
@@ -303,7 +307,7 @@ def _best_line(
     return (
         trace
         | {"name": "best of each d", "line": line, "opacity": 0.6, "hoverinfo": "skip"}
-        | of_trials(trials, [who for _, _, who in best])
+        | of_trials(trials, [who for _, _, who in best], derived="best")
     )
 
 
@@ -397,7 +401,9 @@ def pareto(study: Study, target: float | None = None, *, cost: Literal["minutes"
     if on_front:
         line = {"color": GUIDE, "width": 2, "shape": "hv"}
         trace = {"type": "scatter", "mode": "lines", "x": x[on_front].tolist(), "y": y[on_front].tolist(), "line": line}
-        traces.append(trace | {"name": "front", "hoverinfo": "skip"} | of_trials(trials, [who[k] for k in on_front]))
+        traces.append(
+            trace | {"name": "front", "hoverinfo": "skip"} | of_trials(trials, [who[k] for k in on_front], derived="front")
+        )
         if target is not None:
             spanned = x[np.isfinite(x)]
             ends = [float(spanned.min()), float(spanned.max())]
@@ -476,21 +482,80 @@ def fraction_map(study: Study, target: float | None = None, *, show: Literal["ac
 def parallel_coordinates(study: Study) -> go.Figure:
     """A line for each complete trial through its swept settings, its minutes and the objective, which gives the colour.
 
-    Its meta has the trials in the order of the lines.
+    Lines of plotly's plain kind: its own parallel coordinates need WebGL and a page that lets scripts make code.
     """
     objective = study.head.objective
     trials, values = _results(study, objective)
     axes = [_coordinate(key, [trial.settings.get(key) for trial in trials]) for key in study.head.swept]
-    minutes = np.array([_price(trial, "minutes") for trial in trials])
-    axes.append({"label": "training (minutes)", "values": plain(minutes)})
-    percent = {"tickformat": _PERCENT} if objective in _ACCURACIES else {}
-    axes.append({"label": _TITLES[objective], "values": plain(values)} | percent)
+    axes.append(_measured("training (minutes)", np.array([_price(trial, "minutes") for trial in trials]), number))
+    axes.append(_measured(_TITLES[objective], values, lambda value: _shown_result(objective, value)))
+    places = np.array([_places(axis) for axis in axes]).reshape(len(axes), len(trials))  # [axes, trials], 0 to 1
+    bins = _bins(values)
     traces: list[dict[str, Any]] = []
-    if trials:
-        line = {"color": plain(values), "colorscale": "Cividis"}
-        trace = {"type": "parcoords", "dimensions": axes, "line": line, "labelangle": -12}
-        traces.append(trace | of_trials(trials, list(range(len(trials)))))
-    return _figure(traces, empty=NO_RESULT, margin={"l": 80, "r": 80, "t": 90, "b": 30})
+    for shade in sorted(set(bins)):
+        mine = [i for i, each in enumerate(bins) if each == shade]
+        texts = [f"{setting(trials[i].settings)}, seed {trials[i].seed}<br>{_shown_result(objective, values[i])}" for i in mine]
+        ends = [_shown_result(objective, float(end)) for end in (values[mine].min(), values[mine].max())]
+        trace: dict[str, Any] = {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "x": [x for _ in mine for x in (*range(len(axes)), None)],
+            "y": [y for i in mine for y in (*plain(places[:, i]), None)],
+            "text": [text for text in texts for _ in range(len(axes) + 1)],
+            "hoverinfo": "text",
+            "name": ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}",
+            "line": {"color": colour(shade, len(COLOURS) + 1), "width": 1.5 if len(trials) <= MANY else 0.8},
+            "marker": {"size": 4},
+            "connectgaps": False,
+        }
+        traces.append(trace | of_trials(trials, [i for i in mine for _ in range(len(axes) + 1)]))
+    labels = labelled_axis(
+        "settings and results (a line is a trial)",
+        tickvals=list(range(len(axes))),
+        ticktext=[axis["label"].replace(" (", "<br>(") for axis in axes],
+        range=[-0.1, len(axes) - 0.6],
+        showgrid=False,
+    )
+    lines = [{"type": "line", "x0": i, "x1": i, "y0": 0, "y1": 1, "line": {"color": GUIDE, "width": 1}} for i in range(len(axes))]
+    return _figure(
+        traces,
+        empty=NO_RESULT,
+        xaxis=labels,
+        yaxis=labelled_axis("place on the axis (share)", range=[-0.05, 1.05], visible=False),
+        shapes=lines if traces else [],
+        **({"annotations": [note for i, axis in enumerate(axes) for note in _tick_notes(i, axis)]} if traces else {}),
+    )
+
+
+def _bins(values: np.ndarray) -> list[int]:
+    """For each value which of up to as many parts of their range as there are colours, and one, it lies in."""
+    if not len(values):
+        return []
+    spread = float(values.max() - values.min()) or 1.0
+    return [min(len(COLOURS), int((value - values.min()) / spread * (len(COLOURS) + 1))) for value in values.tolist()]
+
+
+def _measured(label: str, values: np.ndarray, show: Callable[[float], str]) -> dict[str, Any]:
+    """The axis of a result: least, middle and largest value have ticks."""
+    there = values[np.isfinite(values)]
+    ticks = np.unique([there.min(), (there.min() + there.max()) / 2, there.max()]).tolist() if len(there) else []
+    return {"label": label, "values": values.tolist(), "tickvals": ticks, "ticktext": [show(tick) for tick in ticks]}
+
+
+def _places(axis: dict[str, Any], values: list[float | None] | None = None) -> np.ndarray:
+    """Where `values`, by default those of the trials, stand on an axis, 0 to 1."""
+    given = np.array([*axis["values"], *axis.get("tickvals", [])], dtype=np.float64)
+    there = given[np.isfinite(given)]
+    wanted = np.array(axis["values"] if values is None else values, dtype=np.float64)
+    if not len(there) or there.max() == there.min():
+        return np.where(np.isfinite(wanted), 0.5, math.nan)
+    return (wanted - there.min()) / (there.max() - there.min())
+
+
+def _tick_notes(place: int, axis: dict[str, Any]) -> list[dict[str, Any]]:
+    note = {"x": place, "xanchor": "left", "xshift": 5, "yshift": 7, "showarrow": False, "font": {"size": 11}}
+    at = _places(axis, axis["tickvals"]).tolist()
+    return [note | {"y": y, "text": text} for y, text in zip(at, axis["ticktext"], strict=True)]
 
 
 def _coordinate(key: str, values: list[Any]) -> dict[str, Any]:
@@ -505,9 +570,9 @@ def _coordinate(key: str, values: list[Any]) -> dict[str, Any]:
         if len(different) <= MOST_TICKS:
             at = np.array(different, dtype=np.float64)
             made |= {"tickvals": plain(np.log2(at) if spread else at), "ticktext": [number(value) for value in different]}
-        elif spread:
+        else:
             at = np.linspace(scaled.min(), scaled.max(), 6)
-            made |= {"tickvals": plain(at), "ticktext": [number(value) for value in 2**at]}
+            made |= {"tickvals": plain(at), "ticktext": [number(value) for value in (2**at if spread else at)]}
         return made
     place = {str(sort_key(value)): i for i, value in enumerate(different)}
     ticks = {"tickvals": list(range(len(different))), "ticktext": [shown_value(value) for value in different]}

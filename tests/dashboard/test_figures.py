@@ -116,7 +116,7 @@ def test_every_point_says_whose_it_is(draw: Callable, whole: Study):
             assert trace.type == "bar"  # of all trials together
             continue
         assert set(leaves(list(trace.customdata))) == set(range(len(trials)))
-        if trace.type not in ("heatmap", "parcoords"):
+        if trace.type != "heatmap":
             assert len(trace.customdata) == len(trace.x) == len(trace.y)
             assert trace.text is None or len(trace.text) == len(trace.x)
 
@@ -128,10 +128,6 @@ def test_every_axis_is_labelled_with_its_unit(draw: Callable, whole: Study):
     axes = {key: axis for key, axis in layout.items() if re.fullmatch(r"[xy]axis\d*", key)}
     used = {(trace.yaxis or "y").replace("y", "yaxis") for trace in figure.data if hasattr(trace, "yaxis")}
     labels = [axis["title"]["text"] for axis in axes.values()]
-    if figure.data[0].type == "parcoords":
-        labels = [axis.label for axis in figure.data[0].dimensions]
-        assert all(labels)
-        return
     assert used <= axes.keys()
     assert "xaxis" in axes
     assert all(re.search(r"\(.+\)$", label) or label == "swept key" for label in labels), labels
@@ -399,17 +395,25 @@ def test_alpha_has_its_ideal(small: Study):
 def test_parallel_coordinates_have_the_swept_keys_first_and_the_objective_last(tmp_path: Path):
     grid = {"model.projector_dim": [64, 1024], "loss.form": ["mean", "pairs", None], "optim.lr": [0.001, 0.002]}
     study = study_of(tmp_path, 12, grid=grid, seeds=(0,))
-    (trace,) = figures.parallel_coordinates(study).data
-    labels = ["d (log2)", "loss.form", "optim.lr", "training (minutes)", "linear accuracy (% of test images)"]
-    assert [axis.label for axis in trace.dimensions] == labels
-    d, form, lr, _, objective = trace.dimensions
-    assert (d.tickvals, d.ticktext) == ((6, 10), ("64", "1024"))
-    assert set(d.values) == {6, 10}
-    assert form.ticktext == ("mean", "pairs", "null")
-    assert set(form.values) == {0, 1, 2}
-    assert set(lr.values) == {0.001, 0.002}
-    np.testing.assert_allclose(objective.values, [trial.result("linear_accuracy") for trial in study.trials], rtol=1e-5)
-    assert list(trace.customdata) == list(range(12))
+    figure = figures.parallel_coordinates(study)
+    labels = ["d<br>(log2)", "loss.form", "optim.lr", "training<br>(minutes)", "linear accuracy<br>(% of test images)"]
+    assert list(figure.layout.xaxis.ticktext) == labels
+    ticks = {place: [note.text for note in figure.layout.annotations if note.x == place] for place in range(5)}
+    assert ticks[0] == ["64", "1024"]
+    assert ticks[1] == ["mean", "pairs", "null"]
+    lines = {}
+    for trace in figure.data:
+        for i in range(0, len(trace.x), 6):
+            assert trace.x[i : i + 6] == (0, 1, 2, 3, 4, None)
+            lines[trace.meta["trials"][trace.customdata[i]]] = trace.y[i : i + 5]
+    assert lines.keys() == {trial.name for trial in study.trials}
+    result = np.array([trial.result("linear_accuracy") for trial in study.trials])
+    for trial, value in zip(study.trials, (result - result.min()) / np.ptp(result), strict=True):
+        d, form, lr, _, objective = lines[trial.name]
+        assert d == {64: 0, 1024: 1}[trial.settings["model.projector_dim"]]
+        assert form == {"mean": 0, "pairs": 0.5, None: 1}[trial.settings["loss.form"]]
+        assert lr == {0.001: 0, 0.002: 1}[trial.settings["optim.lr"]]
+        assert objective == pytest.approx(value, abs=1e-4)
 
 
 def test_importance_is_the_analysis(whole: Study):
