@@ -1,6 +1,7 @@
 """The command line: verbs that parse, call and print, and turn an error into an exit code. No logic lives here."""
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -8,7 +9,8 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -294,6 +296,71 @@ def _data_preview(options: argparse.Namespace) -> Result:
     return {"written": options.output}, console.record
 
 
+@contextlib.contextmanager
+def _dashboard_extra() -> Iterator[None]:
+    """Says what to install where the packages of the pages are absent."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("plotly", "jinja2", "aiohttp"):
+            raise
+        raise UsageError(
+            f"the pages of studies need {error.name}, which is absent.\nRun: pip install 'ssl-ray[dashboard]'"
+        ) from error
+
+
+def _dashboard(options: argparse.Namespace) -> Result:
+    with _dashboard_extra():
+        from ssl_ray.dashboard import server
+    demo = Path(__file__).parent / "dashboard" / "demo"
+    if options.demo and not demo.is_dir():
+        raise UsageError(f"--demo: its data are not part of this installation ({demo}).\nGive the URI of a study instead.")
+    if options.demo == (options.uri is not None):
+        raise UsageError("give either the URI of studies or --demo.\nFor example: ssl-ray dashboard runs/studies")
+    token = None if options.token_file is None else _read_token(options.token_file)
+
+    def ready(address: str) -> None:
+        print(f"{address}{'' if token is None else '?token=TOKEN'}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
+
+    uri = str(demo) if options.demo else options.uri
+    server.serve(uri, host=options.host, port=options.port, token=token, ready=ready)
+    return {"served": uri}, console.record
+
+
+def _read_token(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--token-file {file}: cannot be read ({storage.one_line(error)}).\nMake one: openssl rand -hex 32 > {file}"
+        ) from error
+
+
+def _report(options: argparse.Namespace) -> Result:
+    with _dashboard_extra():
+        from ssl_ray.dashboard import report
+    from ssl_ray.study.results import read_study
+
+    if not any((options.output, options.markdown, options.latex, options.figures)):
+        raise UsageError("nothing to write. Give -o study.html, --markdown FILE, --latex FILE or --figures FOLDER.")
+    if options.figures:
+        report.browser()  # before the work, if it is not there
+    study = read_study(storage.absolute(options.uri))
+    written = []
+    texts = [
+        (options.output, lambda: report.html(study, now=time.time())),
+        (options.markdown, lambda: report.markdown(study)),
+        (options.latex, lambda: report.latex(study)),
+    ]
+    for file, make in texts:
+        if file:
+            storage.write_atomic(file, make().encode())
+            written.append(file)
+    if options.figures:
+        written += report.write_figures(study, options.figures)
+    return {"written": written}, lambda value: print(*value["written"], sep="\n")
+
+
 # The parser ---------------------------------------------------------------------------------------------------------
 
 _MOST_USED = {
@@ -447,6 +514,7 @@ def _parser() -> argparse.ArgumentParser:
     runs = _group(verbs, "runs", "Runs: list.")
     listing = _add(runs, "list", _runs_list, "The runs below a folder or URI.")
     listing.add_argument("uri", nargs="?", default="runs", help="default: runs")
+    _add_pages(verbs)
     return parser
 
 
@@ -466,6 +534,21 @@ def _add_study(verbs: Any) -> None:
     stop.add_argument("trial", nargs="?", metavar="TRIAL", help="its name, as `study status` shows it; default: the whole study")
     listing = _add(verbs, "list", _study_list, "The studies below a folder or URI.")
     listing.add_argument("uri", nargs="?", default="studies", help="default: studies")
+
+
+def _add_pages(verbs: Any) -> None:
+    pages = _add(verbs, "dashboard", _dashboard, "Serve the results of studies as a page that follows them, until Ctrl-C.")
+    pages.add_argument("uri", nargs="?", help="folder or URI of a study, or of a folder of studies")
+    pages.add_argument("--port", type=_at_least(0), default=8270, help="default: 8270; 0 takes a free one")
+    pages.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine only")
+    pages.add_argument("--token-file", metavar="FILE", help="holds the secret that requests need; other machines need one")
+    pages.add_argument("--demo", action="store_true", help="show a small study that comes with ssl_ray")
+    report = _add(verbs, "report", _report, "Write the results of a study: a page in one file, tables, pictures.")
+    report.add_argument("uri", help="folder or URI of the study")
+    report.add_argument("-o", "--output", metavar="FILE.html", help="the page, which needs neither server nor network")
+    report.add_argument("--markdown", metavar="FILE", help="a table with a row for each setting, and what it was made with")
+    report.add_argument("--latex", metavar="FILE", help="likewise, for the booktabs package")
+    report.add_argument("--figures", metavar="FOLDER", help="each figure as SVG and PNG; needs Chromium")
 
 
 def _add_data(verbs: Any) -> None:

@@ -5,8 +5,8 @@ to show yet it says so. Nothing here reads, and the same study gives the same fi
 
 What a page needs to filter without asking again: a trace of results has `meta["trials"]`, the names of its trials, and
 `customdata`, for each point the positions in that list of the trials that it shows: a number, or a list where a point is a mean
-over several. Guide lines have neither. What is not the mean of
-its trials alone says so in `meta["derived"]`: a band, the best of several, a front. Points are plain lists, and None separates the curves of a trace.
+over several. Guide lines have neither. What is not the mean of its trials alone says so in `meta["derived"]`: a band, the best of
+several, a front. Points are plain lists, and None separates the curves of a trace.
 
 Texts from results are escaped; names in `meta` and values in `customdata` are data and not. Final results are those of complete
 trials only, since others have not had the same budget. Curves have at most 200 points (least and largest of equal parts).

@@ -302,7 +302,12 @@ function put(slot, name, made, note) {
     const text = "None of the chosen trials has anything to show here.";
     layout.annotations = [{ xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false, text, font: { size: 16 } }];
   }
-  for (const each of layout.annotations ?? []) if (!made.data.length && narrow) each.text = wrapped(each.text);
+  const back = getComputedStyle(document.documentElement).getPropertyValue("--back").trim();
+  for (const each of layout.annotations ?? []) {
+    if (made.data.length) each.bgcolor = back; // ticks of axes that lines cross
+    else if (narrow) each.text = wrapped(each.text);
+  }
+  for (const key of Object.keys(layout)) if (!made.data.length && /^[xy]axis/.test(key)) layout[key] = { ...layout[key], visible: false };
   const buttons = [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]];
   const config = { responsive: true, displaylogo: false, modeBarButtons: buttons, displayModeBar: narrow ? false : "hover" };
   const first = !slot.plot.data;

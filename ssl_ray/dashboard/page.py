@@ -98,7 +98,7 @@ def studied(study: Study, *, now: float) -> dict[str, Any]:
     """All that the page says of a study but its figures. now: unix seconds."""
     head = study.head
     base = flatten(head.base)
-    return {
+    said = {
         "uri": in_line(study.uri),
         "name": head.name,
         "hash": head.hash,
@@ -119,9 +119,17 @@ def studied(study: Study, *, now: float) -> dict[str, Any]:
         "ssl_ray": head.ssl_ray,
         "base": base,
         "settings": [trial.settings for trial in study.trials],
-        "columns": _columns(study, base, now=now),
-        "version": version(study),
     }
+    return finite(said) | {"columns": _columns(study, base, now=now), "version": version(study)}
+
+
+def finite(value: Any) -> Any:
+    """As JSON can say it: null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {str(key): finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def version(study: Study) -> str:
@@ -139,8 +147,7 @@ def _columns(study: Study, base: dict[str, Any], *, now: float) -> list[dict[str
     trials, head = study.trials, study.head
 
     def column(key: str, label: str, kind: str, values: Any, *, shown: bool = False) -> dict[str, Any]:
-        plain = [None if isinstance(each, float) and not math.isfinite(each) else each for each in values]
-        return {"key": key, "label": label, "kind": kind, "shown": shown, "values": plain}
+        return {"key": key, "label": label, "kind": kind, "shown": shown, "values": finite(list(values))}
 
     def result(name: str, label: str, kind: str) -> dict[str, Any]:
         return column(name, label, kind, [trial.result(name) for trial in trials], shown=name == head.objective)

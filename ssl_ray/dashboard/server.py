@@ -147,7 +147,7 @@ def _guard(host: str, token: str | None) -> Any:
     def known(request: web.Request) -> bool:
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
         given = [(bearer, token or ""), (request.query.get("token", ""), token or ""), (request.cookies.get(cookie, ""), secret)]
-        return any([hmac.compare_digest(mine.encode(errors="replace"), true.encode()) for mine, true in given])
+        return any(hmac.compare_digest(mine.encode(errors="replace"), true.encode()) for mine, true in given)
 
     @web.middleware
     async def guard(request: web.Request, handler: Any) -> web.StreamResponse:

@@ -19,7 +19,7 @@ DRAWN_STEPS = 12
 
 
 def read_spectra(uri: str, trial: str) -> list[dict[str, Any]]:
-    """Of each read-out that has one, by step: {"step", "rank", "eigenvalue", "alpha", "range"}; step 0 is the untrained network."""
+    """Of each read-out that has one, by step: {"step", "rank", "eigenvalue", "alpha", "range"}; step 0 is before training."""
     at = storage.join(trial_uri(uri, trial), "evaluations")
     found = []
     for name in storage.list_names(at):
