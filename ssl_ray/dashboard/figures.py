@@ -611,7 +611,7 @@ def importance_bars(study: Study) -> go.Figure:
         traces,
         empty=empty,
         xaxis=labelled_axis(title, tickformat=_PERCENT, range=[0, 1.1]),
-        yaxis=labelled_axis("swept key", type="category"),
+        yaxis=labelled_axis("swept key", type="category", ticklabelstandoff=6),
     )
 
 

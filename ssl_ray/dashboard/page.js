@@ -288,10 +288,11 @@ function put(slot, name, made, note) {
   const entries = new Set(made.data.filter((trace) => trace.showlegend !== false).map((trace) => trace.legendgroup ?? trace.name)).size;
   layout.height = height;
   if (narrow) {
-    layout.margin = { ...layout.margin, l: 45, r: 8 };
+    layout.margin = { ...layout.margin, l: 45, r: name === "parallel" ? 50 : 8 };
+    for (const key of Object.keys(layout)) if (/^[xy]axis/.test(key) && layout[key].title) layout[key] = { ...layout[key], title: { ...layout[key].title, font: { size: 11 } } };
     if (name.startsWith("map")) layout.margin.r = 0;
     else {
-      const below = 24 * Math.min(12, entries) + 20;
+      const below = 22 * Math.ceil(Math.min(12, entries) / 2) + 30;
       layout.height = height + below;
       layout.legend = { ...layout.legend, orientation: "h", y: -70 / height, x: 0, yanchor: "top", font: { size: 11 } };
       layout.margin.b = 60 + below;

@@ -16,6 +16,7 @@ import hmac
 import ipaddress
 import json
 import math
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -173,8 +174,9 @@ def _guard(host: str, token: str | None) -> Any:
 
 
 def _host_name(header: str) -> str:
-    """Without its port."""
-    return header[1:].partition("]")[0].lower() if header.startswith("[") else header.partition(":")[0].lower()
+    """Without its port; empty for what is no host."""
+    parts = re.fullmatch(r"(?:\[([^][]*)\]|([^][:]*))(?::[0-9]*)?", header)
+    return "" if parts is None else (parts[1] or parts[2] or "").lower()
 
 
 # Page and files ------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ function trialTable(options) {
   for (const column of columns) {
     let longest = column.label.length + 2;
     for (const row of rows) longest = Math.max(longest, shownCell(column.values[row], column.kind).length);
-    const px = Math.round(Math.min(longest, 30) * 8 + 26);
+    const px = Math.round(Math.min(longest, 30) * 8 + (column.key === "status" ? 48 : 26));
     total += px;
     group.append(width(px));
   }
