@@ -12,8 +12,8 @@ from ssl_ray.study.results import Trial
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#8C8C8C", "#F0E442")
 """Okabe and Ito's, which colour-blind people can tell apart; their black as a grey, which a dark page shows too."""
-_MANY = ((0x00, 0x22, 0x4E), (0x7C, 0x7B, 0x78), (0xFE, 0xE8, 0x38))
-"""Ends and middle of Cividis."""
+_MANY = ((0x2F, 0x6F, 0xC0), (0x8C, 0x8C, 0x8C), (0xD9, 0x9A, 0x00))
+"""Ends and middle: blue to orange, which colour-blind people can tell apart and white and dark pages both show."""
 GUIDE = "#888888"
 """Of lines that are no results: on white and on black it can be read."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
@@ -99,7 +99,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int) -> tuple[np.ndarray, np.nda
 
 
 def colour(position: int, count: int) -> str:
-    """Of the one of `count` things that stands at `position`; more than there are colours go from dark blue to yellow."""
+    """Of the one of `count` things that stands at `position`; more than there are colours go from blue to orange."""
     if count <= len(COLOURS):
         return COLOURS[position]
     channels = [np.interp(position / (count - 1), [0, 0.5, 1], each) for each in zip(*_MANY, strict=True)]

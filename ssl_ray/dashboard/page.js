@@ -285,13 +285,21 @@ function put(slot, name, made, note) {
   layout.hoverlabel = { bgcolor: panel, font: { color: ink }, namelength: -1 };
   layout.legend = { ...(layout.legend ?? {}), bgcolor: "rgba(0,0,0,0)" };
   const height = layout.height ?? (narrow ? 400 : 430);
-  const entries = new Set(made.data.filter((trace) => trace.showlegend !== false).map((trace) => trace.legendgroup ?? trace.name)).size;
+  const entries = made.data.length < 2 ? 0 : new Set(made.data.filter((trace) => trace.showlegend !== false).map((trace) => trace.legendgroup ?? trace.name)).size;
   layout.height = height;
   if (narrow) {
     layout.margin = { ...layout.margin, l: 45, r: name === "parallel" ? 50 : 8 };
-    for (const key of Object.keys(layout)) if (/^[xy]axis/.test(key) && layout[key].title) layout[key] = { ...layout[key], title: { ...layout[key].title, font: { size: 11 } } };
+    for (const key of Object.keys(layout)) {
+      if (!/^[xy]axis/.test(key) || !layout[key].title) continue;
+      const text = key.startsWith("x") && layout[key].title.text.length > 36 ? wrapped(layout[key].title.text) : layout[key].title.text;
+      layout[key] = { ...layout[key], title: { ...layout[key].title, text, font: { size: 11 } } };
+    }
     if (name.startsWith("map")) layout.margin.r = 0;
-    else {
+    else if (name === "parallel") {
+      layout.showlegend = false; // the last axis says it
+      layout.margin.b = 110;
+      layout.xaxis = { ...layout.xaxis, tickangle: -40, title: undefined, tickfont: { size: 10 } };
+    } else if (entries) {
       const below = 22 * Math.ceil(Math.min(12, entries) / 2) + 30;
       layout.height = height + below;
       layout.legend = { ...layout.legend, orientation: "h", y: -70 / height, x: 0, yanchor: "top", font: { size: 11 } };
@@ -538,7 +546,8 @@ function listed(pairs) {
   const list = element("dl", { class: "facts" });
   for (const [term, text] of pairs) {
     if (text === null || text === undefined || text === "") continue;
-    list.append(element("dt", {}, term), element("dd", {}, typeof text === "string" ? text : JSON.stringify(text)));
+    const parts = typeof text === "object" ? Object.entries(text).map(([key, value]) => `${key} ${typeof value === "string" ? value : JSON.stringify(value)}`) : [text];
+    list.append(element("dt", {}, term), element("dd", {}, parts.join(", ")));
   }
   return list;
 }

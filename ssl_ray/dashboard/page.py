@@ -19,6 +19,7 @@ import plotly
 
 from ssl_ray.config import flatten
 from ssl_ray.dashboard import figures
+from ssl_ray.dashboard.drawing import SHORT
 from ssl_ray.errors import UsageError, in_line
 from ssl_ray.study import analysis
 from ssl_ray.study.results import Study, Trial, shown_status
@@ -161,7 +162,7 @@ def _columns(study: Study, base: dict[str, Any], *, now: float) -> list[dict[str
     ]
     for key in head.swept:
         values = [trial.settings.get(key, base.get(key)) for trial in trials]
-        made.append(column(key, key, "number" if all(map(_is_number, values)) else "text", values, shown=True))
+        made.append(column(key, SHORT.get(key, key), "number" if all(map(_is_number, values)) else "text", values, shown=True))
     made += [
         column("seed", "seed", "number", [trial.seed for trial in trials], shown=True),
         result("linear_accuracy", "linear accuracy (%)", "percent"),

@@ -48,7 +48,7 @@ function trialTable(options) {
   for (const column of columns) {
     const sorted = options.sort.key === column.key;
     const arrow = sorted ? (options.sort.falling ? " ▼" : " ▲") : "";
-    const button = element("button", { type: "button", title: `sort by ${column.label}` }, column.label + arrow);
+    const button = element("button", { type: "button", title: `sort by ${column.label} (${column.key})` }, column.label + arrow);
     button.addEventListener("click", () => options.onSort(column.key));
     const state = sorted ? (options.sort.falling ? "descending" : "ascending") : "none";
     head.append(element("th", { scope: "col", "aria-sort": state, class: column.kind === "text" ? "" : "number" }, button));
@@ -158,7 +158,7 @@ function csvCell(value) {
 }
 
 function asCsv(columns, rows) {
-  const lines = [columns.map((column) => csvCell(column.label)).join(",")];
+  const lines = [columns.map((column) => csvCell(column.key)).join(",")]; // shares are shares here, not percent
   for (const row of rows) lines.push(columns.map((column) => csvCell(column.values[row])).join(","));
   return `${lines.join("\r\n")}\r\n`;
 }

@@ -50,9 +50,9 @@ def serving(uri: Path) -> Iterator[str]:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         return runner.addresses[0][1]
 
-    port = loop.run_until_complete(start())
-    thread = threading.Thread(target=loop.run_forever)
+    thread = threading.Thread(target=loop.run_forever)  # playwright has a loop in this one
     thread.start()
+    port = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
     try:
         yield f"http://127.0.0.1:{port}/"
     finally:
@@ -95,7 +95,7 @@ def until(tab: Any, script: str, *, within_s: float = 60) -> Any:
 DRAWN = """(() => { const all = [...document.querySelectorAll('.plot')];
   return !!all.length && all.every((each) => each._fullLayout && each.dataset.points !== undefined); })()"""
 NUMBERS = """[...document.querySelectorAll('.plot')].map((plot) => plot.data.filter((trace) => trace.meta).map((trace) =>
-  [trace.name, trace.x, trace.y, trace.z ?? null]))"""
+  [trace.name ?? null, trace.x, trace.y, trace.z ?? null]))"""
 SHOWN = """[...document.querySelectorAll('.plot')].map((plot) => [...new Set(plot.data
   .filter((trace) => trace.meta && (trace.customdata || trace.type === 'bar'))
   .flatMap((t) => t.customdata ? t.customdata.flat(2).map((i) => t.meta.trials[i]) : t.meta.trials))].sort())"""
@@ -130,7 +130,7 @@ def test_a_new_point_is_there_within_a_poll(browser: Any, tmp_path: Path):
     synthetic.write_trial(str(at), head, trial, points=40, state=running(heartbeat=time.time()), every=20)
     with serving(at) as address, opened(browser, f"{address}#study=.&tab=training") as tab:
         until(tab, DRAWN)
-        assert until(tab, "document.querySelector('.plot').dataset.points") == "3"
+        assert tab.evaluate("document.querySelector('.plot').data[0].y.length") == 3 + 1  # a null ends the curve
         run = Path(schema.trial_uri(str(at), trial.name))
         more = "".join(json.dumps(synthetic.record(step, m=2)) + "\n" for step in range(40, 60))
         (run / "metrics" / "0000000040-000002.jsonl").write_text(more)
@@ -161,7 +161,7 @@ def test_a_filter_and_a_selection_change_every_figure(browser: Any, study: Path)
         for name, figures in {"projector": ["dim", "beta"], "pareto": ["pareto-minutes"], "parameters": ["importance"]}.items():
             show(tab, name, plots=True)
             wanted: list[Any] = [page.draw(part, figure) for figure in figures]  # type: ignore[arg-type]
-            expected = [[[t["name"], t.get("x"), t.get("y")] for t in each["data"] if "meta" in t] for each in wanted]
+            expected = [[[t.get("name"), t.get("x"), t.get("y")] for t in each["data"] if "meta" in t] for each in wanted]
             until_equal(tab, f"{NUMBERS}.slice(-{len(figures)}).map((plot) => plot.map((trace) => trace.slice(0, 3)))", expected)
         address_now = tab.evaluate("location.href")
         assert "f.views.count" in address_now
