@@ -16,9 +16,9 @@ Points = Callable[[Trial], tuple[np.ndarray, np.ndarray]]
 
 
 def _varying(study: Study) -> list[str]:
-    """The swept keys that differ between these trials."""
+    """The swept keys that differ between the planned trials, whether they are selected or not."""
     swept = study.head.swept
-    return [key for key in swept if len(analysis.groups(trial.settings.get(key) for trial in study.trials)) > 1]
+    return [key for key in swept if len(analysis.groups(trial.settings.get(key) for trial in study.head.trials)) > 1]
 
 
 def _colour_key(study: Study) -> str | None:
@@ -37,7 +37,7 @@ def curves(study: Study, points: Points, *, axis: str = "y", first: bool = True,
     """
     key = _colour_key(study)
     given = [None if key is None else trial.settings.get(key) for trial in study.trials]
-    values = levels(given)
+    values = [None] if key is None else levels(trial.settings.get(key) for trial in study.head.trials)
     most = points_per_curve(len(study.trials))
     traces = []
     for position, value in enumerate(values):

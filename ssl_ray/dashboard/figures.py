@@ -1,7 +1,9 @@
-"""Figures of a study: pure functions from what was read of it to plotly figures.
+"""Figures of a study: pure functions from what was read of it to plotly figures, as plain values.
 
 Each takes a study, or one with fewer trials (`select`), and returns a figure with all its axes labelled; where there is nothing
-to show yet it says so. Nothing here reads, and the same study gives the same figure.
+to show yet it says so. Nothing here reads, and the same study gives the same figure. `plotly.graph_objects.Figure(figure)` makes
+it one of plotly's, which checks every value: with 2,000 trials that takes longer than all the rest. A colour means the same in
+the figures of a study and of any selection of it.
 
 What a page needs to filter without asking again: a trace of results has `meta["trials"]`, the names of its trials, and
 `customdata`, for each point the positions in that list of the trials that it shows: a number, or a list where a point is a mean
@@ -19,7 +21,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import plotly.graph_objects as go
 
 from ssl_ray.dashboard.curves import MANY, Points, curves
 from ssl_ray.dashboard.drawing import (
@@ -51,6 +52,8 @@ from ssl_ray.study.schema import trial_config
 _ACCURACIES = ("linear_accuracy", "knn_accuracy")
 _PERCENT = ".3~%"
 """Of shares: .839 is shown as 83.9%."""
+Figure = dict[str, Any]
+"""{"data": traces, "layout": layout}"""
 X = Literal["epochs", "views", "minutes"]
 _X_FIELDS = {"epochs": "epoch", "views": "views", "minutes": "minutes"}
 _X_TITLES = {"epochs": "training (epochs)", "views": "training (views seen)", "minutes": "training (minutes)"}
@@ -89,7 +92,11 @@ def _results(study: Study, objective: str) -> tuple[list[Trial], np.ndarray]:
 
 
 def _without(trial: Trial, *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in trial.settings.items() if key not in keys}
+    return _less(trial.settings, *keys)
+
+
+def _less(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in keys}
 
 
 def _grouped(trials: Sequence[Trial], by: Callable[[Trial], Any]) -> list[list[int]]:
@@ -119,7 +126,7 @@ def _shown_interval(objective: str, interval: analysis.Interval) -> str:
     return f"{text}, 95 % from {_shown_result(objective, interval.low)} to {_shown_result(objective, interval.high)}"
 
 
-def _figure(traces: list[dict[str, Any]], *, empty: str, **layout: Any) -> go.Figure:
+def _figure(traces: list[dict[str, Any]], *, empty: str, **layout: Any) -> Figure:
     """layout: xaxis, yaxis and more; `empty` is shown without a trace."""
     base: dict[str, Any] = {
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -131,7 +138,7 @@ def _figure(traces: list[dict[str, Any]], *, empty: str, **layout: Any) -> go.Fi
     if not traces:
         middle = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False}
         base["annotations"] = [middle | {"text": empty, "font": {"size": 16, "color": GUIDE}}]
-    return go.Figure(data=traces, layout=base | layout)
+    return {"data": traces, "layout": base | layout}
 
 
 def _target_line(target: float | None, x: Iterable[float]) -> list[dict[str, Any]]:
@@ -162,7 +169,7 @@ def _band(
 # Curves --------------------------------------------------------------------------------------------------------------
 
 
-def accuracy_over_training(study: Study, target: float | None = None, *, x: X = "minutes") -> go.Figure:
+def accuracy_over_training(study: Study, target: float | None = None, *, x: X = "minutes") -> Figure:
     """Accuracy of each trial's read-outs over epochs, views or minutes, and where it reached the target."""
     objective, target = accuracy_name(study), _target(study, target)
 
@@ -195,7 +202,7 @@ def _reached(study: Study, target: float, points: Points, x: X) -> list[dict[str
     return [trace | of_trials(trials, list(range(len(trials))))]
 
 
-def alpha_over_epochs(study: Study) -> go.Figure:
+def alpha_over_epochs(study: Study) -> Figure:
     """Exponent alpha of the features' spectrum (1 is ideal) and RankMe at each read-out."""
     traces = curves(study, lambda trial: (trial.readouts.epoch, trial.readouts.rankme), markers=True)
     above = curves(study, lambda trial: (trial.readouts.epoch, trial.readouts.alpha), axis="y2", first=not traces, markers=True)
@@ -206,7 +213,7 @@ def alpha_over_epochs(study: Study) -> go.Figure:
     return _figure(traces + above, empty=NO_READOUT, xaxis=labelled_axis(_X_TITLES["epochs"]), height=stacked_height(2), **panels)
 
 
-def loss_terms(study: Study) -> go.Figure:
+def loss_terms(study: Study) -> Figure:
     """The loss and its terms over steps, a panel each; logarithmic where all is above 0."""
     names = ["loss", *sorted({name for trial in study.trials for name in trial.curve.terms})]
     traces: list[dict[str, Any]] = []
@@ -227,7 +234,7 @@ def loss_terms(study: Study) -> go.Figure:
     )
 
 
-def throughput(study: Study) -> go.Figure:
+def throughput(study: Study) -> Figure:
     """Images per second, and the share of the time that workers waited for data, over minutes."""
     traces = curves(study, lambda trial: (trial.curve.minutes, trial.curve.data_wait_share))
     traces += curves(study, lambda trial: (trial.curve.minutes, trial.curve.images_per_s), axis="y2", first=False)
@@ -241,7 +248,7 @@ def throughput(study: Study) -> go.Figure:
 # Projector and beta --------------------------------------------------------------------------------------------------
 
 
-def accuracy_over_dim(study: Study, target: float | None = None) -> go.Figure:
+def accuracy_over_dim(study: Study, target: float | None = None) -> Figure:
     """The objective over the projector's dimension: a line for each beta, and the best of each d.
 
     A point is the mean over seeds, the band its t interval (up to MOST_BANDS lines). Where more than d and beta differ, each
@@ -253,8 +260,8 @@ def accuracy_over_dim(study: Study, target: float | None = None) -> go.Figure:
     found: list[tuple[int, analysis.Interval, list[int]]] = []
     lines = _grouped(trials, lambda trial: _without(trial, "model.projector_dim"))
     lines.sort(key=lambda line: [sort_key(value) for value in _without(trials[line[0]], "model.projector_dim").values()])
-    labels = [_line_label(trials[line[0]]) for line in lines]
-    different = sorted(set(labels), key=labels.index)
+    labels = [_line_label(trials[line[0]].settings) for line in lines]
+    different = list(dict.fromkeys(_line_label(settings) for settings in _all_settings(study)))
     for label, line in sorted(zip(labels, lines, strict=True), key=lambda each: labels.index(each[0])):
         widths = sorted({trials[i].d for i in line})
         who = [[i for i in line if trials[i].d == d] for d in widths]
@@ -287,11 +294,17 @@ def accuracy_over_dim(study: Study, target: float | None = None) -> go.Figure:
     return _figure(traces, empty=NO_RESULT, xaxis=axis, yaxis=_value_axis(objective))
 
 
-def _line_label(trial: Trial) -> str:
+def _line_label(settings: dict[str, Any]) -> str:
     """beta where it is swept, else whatever is beside d."""
-    if "loss.beta" in trial.settings:
-        return setting({"loss.beta": trial.settings["loss.beta"]})
-    return setting(_without(trial, "model.projector_dim")) or "all trials"
+    if "loss.beta" in settings:
+        return setting({"loss.beta": settings["loss.beta"]})
+    return setting(_less(settings, "model.projector_dim")) or "all trials"
+
+
+def _all_settings(study: Study) -> list[dict[str, Any]]:
+    """Of the planned trials, whether they are selected or not; sorted by all but d, so that colours go with the values."""
+    planned = [trial.settings for trial in study.head.trials]
+    return sorted(planned, key=lambda settings: [sort_key(value) for value in _less(settings, "model.projector_dim").values()])
 
 
 def _best_line(
@@ -311,7 +324,7 @@ def _best_line(
     )
 
 
-def best_beta_over_dim(study: Study) -> go.Figure:
+def best_beta_over_dim(study: Study) -> Figure:
     """The best beta of each d, log-log, with beta = c / d through them and the line that fits best.
 
     A series for whatever else differs (m, fraction). Open where no beta beyond it was tried: a better one may lie there.
@@ -324,15 +337,16 @@ def best_beta_over_dim(study: Study) -> go.Figure:
     all_best: list[analysis.BestBeta] = []
     d, beta = np.array([trial.d for trial in trials]), np.array([trial.beta for trial in trials])
     groups = _grouped(trials, lambda trial: _without(trial, "model.projector_dim", "loss.beta"))
-    for position, group in enumerate(groups):
+    series = list(dict.fromkeys(_series(trial.settings) for trial in head.trials))
+    for group in groups:
         best = analysis.best_beta(d[group], beta[group], values[group], mode=head.mode, target=head.target)
         all_best += best
         who = [[i for i in group if trials[i].d == each.d and trials[i].beta == each.beta] for each in best]
-        name = setting(_without(trials[group[0]], "model.projector_dim", "loss.beta")) or "best β"
+        name = _series(trials[group[0]].settings)
         text = [f"d {each.d}, β {number(each.beta)}, {name}: {_shown_interval(objective, each.value)}" for each in best]
         trace = {"type": "scatter", "mode": "markers", "x": [each.d for each in best], "y": [each.beta for each in best]}
         symbols = ["circle-open" if each.at_edge else "circle" for each in best]
-        marker = {"color": colour(position, len(groups)), "size": 10, "symbol": symbols, "line": {"width": 2}}
+        marker = {"color": colour(series.index(name), len(series)), "size": 10, "symbol": symbols, "line": {"width": 2}}
         traces.append(trace | {"name": name, "text": text, "hoverinfo": "text", "marker": marker} | of_trials(trials, who))
     traces += _laws(all_best)
     ticks = powers_of_two([each.d for each in all_best], "projector dimension d (log2)")
@@ -341,6 +355,10 @@ def best_beta_over_dim(study: Study) -> go.Figure:
     if len(different) <= MOST_TICKS:
         betas = betas | {"tickvals": different, "ticktext": [number(each) for each in different]}
     return _figure(traces, empty=NO_RESULT, xaxis=ticks, yaxis=betas)
+
+
+def _series(settings: dict[str, Any]) -> str:
+    return setting(_less(settings, "model.projector_dim", "loss.beta")) or "best β"
 
 
 def _laws(best: list[analysis.BestBeta]) -> list[dict[str, Any]]:
@@ -359,7 +377,7 @@ def _laws(best: list[analysis.BestBeta]) -> list[dict[str, Any]]:
 # Trade-offs ----------------------------------------------------------------------------------------------------------
 
 
-def pareto(study: Study, target: float | None = None, *, cost: Literal["minutes", "cost"] = "minutes") -> go.Figure:
+def pareto(study: Study, target: float | None = None, *, cost: Literal["minutes", "cost"] = "minutes") -> Figure:
     """Error over minutes of training or cost: colour is m, symbol the fraction, the front is drawn, what it dominates is dim.
 
     A point is a setting, the mean over its seeds.
@@ -373,7 +391,9 @@ def pareto(study: Study, target: float | None = None, *, cost: Literal["minutes"
     y = np.array([cell.mean for cell in cells])
     front = analysis.pareto_front(x, y)
     unit = "minutes" if cost == "minutes" else safe(study.head.currency or "no currency")
-    views, fractions = sorted({trial.m for trial in trials}), sorted({trial.fraction for trial in trials})
+    configs = [trial_config(study.head.base, trial.settings, seed=0) for trial in study.head.trials]
+    views = sorted({int(config["views.count"]) for config in configs})
+    fractions = sorted({float(config["data.fraction"]) for config in configs})
     traces: list[dict[str, Any]] = []
     for (i, m), (j, fraction) in itertools.product(enumerate(views), enumerate(fractions)):
         mine = [k for k, each in enumerate(who) if (trials[each[0]].m, trials[each[0]].fraction) == (m, fraction)]
@@ -420,7 +440,7 @@ def _price(trial: Trial, cost: str) -> float:
     return math.nan if trial.state.cost is None else trial.state.cost
 
 
-def fraction_map(study: Study, target: float | None = None, *, show: Literal["accuracy", "minutes"] = "accuracy") -> go.Figure:
+def fraction_map(study: Study, target: float | None = None, *, show: Literal["accuracy", "minutes"] = "accuracy") -> Figure:
     """Accuracy, or minutes to the target, for each m and fraction; framed where m times fraction is the most frequent product.
 
     A cell is the mean over its trials, seeds and whatever else differs between them: select those of one d and beta first.
@@ -479,7 +499,7 @@ def fraction_map(study: Study, target: float | None = None, *, show: Literal["ac
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
-def parallel_coordinates(study: Study) -> go.Figure:
+def parallel_coordinates(study: Study) -> Figure:
     """A line for each complete trial through its swept settings, its minutes and the objective, which gives the colour.
 
     Lines of plotly's plain kind: its own parallel coordinates need WebGL and a page that lets scripts make code.
@@ -579,7 +599,7 @@ def _coordinate(key: str, values: list[Any]) -> dict[str, Any]:
     return {"label": label, "values": [place[str(sort_key(value))] for value in values]} | ticks
 
 
-def importance_bars(study: Study) -> go.Figure:
+def importance_bars(study: Study) -> Figure:
     """The share of the objective's variance that each swept key explains alone (main effects), and what they leave."""
     trials, values = _results(study, study.head.objective)
     made = analysis.importance({key: [trial.settings.get(key) for trial in trials] for key in study.head.swept}, values)

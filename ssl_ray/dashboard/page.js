@@ -6,6 +6,7 @@ const POLL_MS = 1000 * Number(document.body.dataset.poll);
 const INLINED = LIVE ? null : JSON.parse(document.getElementById("data").textContent);
 const MOST_VALUES = 24; // of a key, to have a box each
 const NARROW_PX = 600;
+const MANY_TRIALS = 200;
 const FAILED_SHOWN = 20;
 const TABS = [
   ["studies", "studies"],
@@ -260,7 +261,9 @@ async function fillSlot(slot) {
     }
     const names = column("name").values;
     const made = restricted(name, all, new Set(kept().map((row) => names[row])), study, byName);
-    const anew = LIVE && DRAWN_ANEW.has(name);
+    // With many trials a curve has few points, with fewer of them more.
+    const finer = study.settings.length > MANY_TRIALS && kept().length <= study.settings.length / 2;
+    const anew = LIVE && (DRAWN_ANEW.has(name) || finer);
     let note = "";
     if (name === "importance") note = anew ? "computing …" : "Of all trials: a file cannot compute it anew for the chosen ones.";
     else if (made.lost && !anew) note = "Left out: what stands for several trials of which not all are chosen. `ssl-ray dashboard` draws it anew.";

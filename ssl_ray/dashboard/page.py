@@ -55,41 +55,47 @@ def draw(study: Study, name: Figure, *, target: float | None = None) -> dict[str
     """The figure `name` of a study as plotly's script takes it: {"data": [...], "layout": {...}}."""
     match name:
         case "dim":
-            made = figures.accuracy_over_dim(study, target)
+            return figures.accuracy_over_dim(study, target)
         case "beta":
-            made = figures.best_beta_over_dim(study)
+            return figures.best_beta_over_dim(study)
         case "training-minutes":
-            made = figures.accuracy_over_training(study, target, x="minutes")
+            return figures.accuracy_over_training(study, target, x="minutes")
         case "training-views":
-            made = figures.accuracy_over_training(study, target, x="views")
+            return figures.accuracy_over_training(study, target, x="views")
         case "training-epochs":
-            made = figures.accuracy_over_training(study, target, x="epochs")
+            return figures.accuracy_over_training(study, target, x="epochs")
         case "pareto-minutes":
-            made = figures.pareto(study, target)
+            return figures.pareto(study, target)
         case "pareto-cost":
-            made = figures.pareto(study, target, cost="cost")
+            return figures.pareto(study, target, cost="cost")
         case "map-accuracy":
-            made = figures.fraction_map(study, target)
+            return figures.fraction_map(study, target)
         case "map-minutes":
-            made = figures.fraction_map(study, target, show="minutes")
+            return figures.fraction_map(study, target, show="minutes")
         case "representation":
-            made = figures.alpha_over_epochs(study)
+            return figures.alpha_over_epochs(study)
         case "loss":
-            made = figures.loss_terms(study)
+            return figures.loss_terms(study)
         case "throughput":
-            made = figures.throughput(study)
+            return figures.throughput(study)
         case "parallel":
-            made = figures.parallel_coordinates(study)
+            return figures.parallel_coordinates(study)
         case "importance":
-            made = figures.importance_bars(study)
-    return as_plain(made)
+            return figures.importance_bars(study)
 
 
-def as_plain(figure: Any) -> dict[str, Any]:
-    """A plotly figure as JSON has it, without its template: the page has colours of its own."""
-    made = json.loads(figure.to_json())
-    made["layout"].pop("template", None)
-    return made
+def dumped(value: Any) -> str:
+    """JSON without spaces; null for what is not finite."""
+    try:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"), default=_plain)
+    except ValueError:
+        return json.dumps(finite(value), allow_nan=False, separators=(",", ":"), default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return finite(value.tolist())
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -259,5 +265,5 @@ def render(*, title: str, live: bool, poll_s: float = POLL_S, inlined: dict[str,
 
 def in_script(value: Any) -> str:
     """JSON that may stand in a script element: no text of it can end the element or begin a comment."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII, so without line separators of Unicode
+    text = dumped(value)  # ASCII, so without line separators of Unicode
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -61,7 +61,7 @@ def _spectra(study: Study) -> dict[str, Any]:
     for trial in _best_first(study)[:SPECTRA]:
         spectra = read_spectra(study.uri, trial.name) if len(trial.readouts.step) else []
         if spectra:
-            found[trial.name] = page.as_plain(eigenspectrum(spectra))
+            found[trial.name] = eigenspectrum(spectra)
     return found
 
 

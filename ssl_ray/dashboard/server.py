@@ -229,7 +229,7 @@ def _tag(*parts: bytes | str) -> str:
 
 
 def _dumped(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return page.dumped(value).encode()
 
 
 Answer = tuple[str, bytes, str]
@@ -329,7 +329,7 @@ async def _spectrum(request: web.Request) -> Answer:
     trial = _trial(study, request.query.get("trial", ""))
 
     def made() -> bytes:
-        return _dumped(page.as_plain(eigenspectrum(read_spectra(study.uri, trial.name))))
+        return _dumped(eigenspectrum(read_spectra(study.uri, trial.name)))
 
     body = await asyncio.to_thread(made)
     return _tag(body), body, JSON

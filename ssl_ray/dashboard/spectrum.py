@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
 from ssl_ray import storage
 from ssl_ray.dashboard.drawing import colour, guide_line, labelled_axis, number, plain
@@ -39,7 +38,7 @@ def read_spectra(uri: str, trial: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: each["step"])
 
 
-def eigenspectrum(spectra: list[dict[str, Any]]) -> go.Figure:
+def eigenspectrum(spectra: list[dict[str, Any]]) -> dict[str, Any]:
     """Eigenvalue over rank, log-log, a line a read-out, and over the range of its fit the line of slope -alpha."""
     spectra = [each for each in spectra if len(each["rank"])]
     if len(spectra) > DRAWN_STEPS:
@@ -57,7 +56,7 @@ def eigenspectrum(spectra: list[dict[str, Any]]) -> go.Figure:
         middle = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False}
         layout["annotations"] = [middle | {"text": NOT_STORED, "font": {"size": 14}}]
     axes = {"xaxis": labelled_axis("rank (log)", type="log"), "yaxis": labelled_axis("eigenvalue (log)", type="log")}
-    return go.Figure(data=traces, layout=layout | axes)
+    return {"data": traces, "layout": layout | axes}
 
 
 def _fit(each: dict[str, Any], name: str) -> list[dict[str, Any]]:

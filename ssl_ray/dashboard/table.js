@@ -36,9 +36,9 @@ function trialTable(options) {
   group.append(width(36));
   let total = 36;
   for (const column of columns) {
-    let longest = column.label.length + 2;
+    let longest = 4;
     for (const row of rows) longest = Math.max(longest, shownCell(column.values[row], column.kind).length);
-    const px = Math.round(Math.min(longest, 30) * 8 + (column.key === "status" ? 48 : 26));
+    const px = Math.max(Math.min(longest, 30) * 8 + (column.key === "status" ? 48 : 26), column.label.length * 9 + 40);
     total += px;
     group.append(width(px));
   }

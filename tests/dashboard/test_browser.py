@@ -160,7 +160,7 @@ def test_a_filter_and_a_selection_change_every_figure(browser: Any, study: Path)
         # Means and fronts are those of the chosen trials alone, as the module draws them.
         for name, figures in {"projector": ["dim", "beta"], "pareto": ["pareto-minutes"], "parameters": ["importance"]}.items():
             show(tab, name, plots=True)
-            wanted: list[Any] = [page.draw(part, figure) for figure in figures]  # type: ignore[arg-type]
+            wanted: list[Any] = [json.loads(page.dumped(page.draw(part, figure))) for figure in figures]  # type: ignore[arg-type]
             expected = [[[t.get("name"), t.get("x"), t.get("y")] for t in each["data"] if "meta" in t] for each in wanted]
             until_equal(tab, f"{NUMBERS}.slice(-{len(figures)}).map((plot) => plot.map((trace) => trace.slice(0, 3)))", expected)
         address_now = tab.evaluate("location.href")

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import complete, running
 
-from ssl_ray.dashboard import drawing, figures
+from ssl_ray.dashboard import drawing
+from ssl_ray.dashboard import figures as drawn
 from ssl_ray.dashboard.figures import select
 from ssl_ray.study import analysis, schema
 from ssl_ray.study.results import Study, Trial, read_study
 from ssl_ray.study.schema import State
 
+
+def checked(draw: Callable[..., dict]) -> Callable[..., go.Figure]:
+    """What `draw` makes as a figure of plotly, which raises where a value is none that it knows."""
+    return lambda *arguments, **options: go.Figure(draw(*arguments, **options))
+
+
+figures = SimpleNamespace(
+    accuracy_over_dim=checked(drawn.accuracy_over_dim),
+    best_beta_over_dim=checked(drawn.best_beta_over_dim),
+    accuracy_over_training=checked(drawn.accuracy_over_training),
+    alpha_over_epochs=checked(drawn.alpha_over_epochs),
+    loss_terms=checked(drawn.loss_terms),
+    throughput=checked(drawn.throughput),
+    pareto=checked(drawn.pareto),
+    fraction_map=checked(drawn.fraction_map),
+    parallel_coordinates=checked(drawn.parallel_coordinates),
+    importance_bars=checked(drawn.importance_bars),
+    compare=drawn.compare,
+)
 FIGURES: dict[str, Callable[[Study], go.Figure]] = {
     "accuracy_over_dim": figures.accuracy_over_dim,
     "best_beta_over_dim": figures.best_beta_over_dim,

@@ -64,6 +64,11 @@ def test_the_studies_below_a_folder_are_listed_and_each_is_told_whole(folder: Pa
     with_client(folder, use)
 
 
+def plain(value: Any) -> Any:
+    """As JSON has it."""
+    return json.loads(page.dumped(value))
+
+
 def study_of(at: Path) -> Any:
     from ssl_ray.study.results import read_study
 
@@ -76,9 +81,9 @@ def test_every_figure_is_that_of_the_module_and_of_a_selection_that_of_its_trial
     async def use(client: TestClient) -> None:
         for name in page.FIGURES:
             status, _, drawn = await got(client, f"/api/figure?study=first&figure={name}")
-            assert (status, drawn) == (200, page.draw(study, name))
+            assert (status, drawn) == (200, plain(page.draw(study, name)))
         _, _, some = await got(client, "/api/figure?study=first&figure=dim&only=BwA")  # bits 0, 1, 2
-        assert some == page.draw(page.chosen(study, "BwA"), "dim")
+        assert some == plain(page.draw(page.chosen(study, "BwA"), "dim"))
         assert {name for trace in some["data"] for name in trace.get("meta", {}).get("trials", [])} == {
             trial.name for trial in study.trials[:3]
         }
