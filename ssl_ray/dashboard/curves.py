@@ -6,19 +6,20 @@ from typing import Any
 import numpy as np
 
 from ssl_ray.dashboard.drawing import SHORT, colour, levels, of_trials, plain, points_per_curve, safe, shown_value, thinned
-from ssl_ray.study import analysis
 from ssl_ray.study.results import Study, Trial
 
 MANY = 50
 """With more trials their lines are thinner."""
+MOST_MARKED = 200
+"""With more trials their points have no markers: a browser draws each as an element of its own."""
 Points = Callable[[Trial], tuple[np.ndarray, np.ndarray]]
 """x and y of a trial's curve, [n]."""
 
 
 def _varying(study: Study) -> list[str]:
     """The swept keys that differ between the planned trials, whether they are selected or not."""
-    swept = study.head.swept
-    return [key for key in swept if len(analysis.groups(trial.settings.get(key) for trial in study.head.trials)) > 1]
+    given = {key: [trial.settings.get(key) for trial in study.head.trials] for key in study.head.swept}
+    return [key for key, values in given.items() if any(value != values[0] for value in values)]
 
 
 def _colour_key(study: Study) -> str | None:
@@ -62,7 +63,7 @@ def curves(study: Study, points: Points, *, axis: str = "y", first: bool = True,
             traces.append(
                 {
                     "type": "scatter",
-                    "mode": "lines+markers" if markers else "lines",
+                    "mode": "lines+markers" if markers and len(study.trials) <= MOST_MARKED else "lines",
                     "x": drawn["x"],
                     "y": drawn["y"],
                     "yaxis": axis,

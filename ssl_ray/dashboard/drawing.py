@@ -19,9 +19,9 @@ GUIDE = "#888888"
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
 CURVE_POINTS = 200
 """At most so many of a curve are drawn."""
-FIGURE_POINTS = 40_000
-"""And about so many in a panel: with more than 200 trials a curve has fewer, but FEWEST_POINTS."""
-FEWEST_POINTS = 20
+FIGURE_POINTS = 20_000
+"""And about so many in a panel: with more than 100 trials a curve has fewer, but FEWEST_POINTS."""
+FEWEST_POINTS = 10
 LONGEST_TEXT = 120
 
 SHORT = {"views.count": "m", "model.projector_dim": "d", "loss.beta": "β", "data.fraction": "fraction"}

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ssl_ray.dashboard.curves import MANY, Points, curves
+from ssl_ray.dashboard.curves import MANY, MOST_MARKED, Points, curves
 from ssl_ray.dashboard.drawing import (
     COLOURS,
     GUIDE,
@@ -518,7 +518,7 @@ def parallel_coordinates(study: Study) -> Figure:
         ends = [_shown_result(objective, float(end)) for end in (values[mine].min(), values[mine].max())]
         trace: dict[str, Any] = {
             "type": "scatter",
-            "mode": "lines+markers",
+            "mode": "lines+markers" if len(trials) <= MOST_MARKED else "lines",
             "x": [x for _ in mine for x in (*range(len(axes)), None)],
             "y": [y for i in mine for y in (*plain(places[:, i]), None)],
             "text": [text for text in texts for _ in range(len(axes) + 1)],

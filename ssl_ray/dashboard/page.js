@@ -6,7 +6,7 @@ const POLL_MS = 1000 * Number(document.body.dataset.poll);
 const INLINED = LIVE ? null : JSON.parse(document.getElementById("data").textContent);
 const MOST_VALUES = 24; // of a key, to have a box each
 const NARROW_PX = 600;
-const MANY_TRIALS = 200;
+const MANY_TRIALS = 100;
 const FAILED_SHOWN = 20;
 const TABS = [
   ["studies", "studies"],
