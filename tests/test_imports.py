@@ -39,7 +39,15 @@ LAYERS = {
     "__main__": 7,
 }
 
-READERS = ["study.schema", "study.results", "study.analysis", "dashboard.figures"]
+READERS = [
+    "study.schema",
+    "study.results",
+    "study.analysis",
+    "dashboard.figures",
+    "dashboard.page",
+    "dashboard.report",
+    "dashboard.server",
+]
 WITHOUT_RAY = ["views", "losses", "model", "plan", "shards", "evaluate", "stream", "train.loop", "train.pretrain", *READERS]
 WITHOUT_TORCH = ["config", "errors", "philox", "storage", "plan", "shards", "views", "stream", "train.runs", *READERS, "cli"]
 
@@ -158,6 +166,8 @@ VERBS = [
     ["config", "schema"],
     ["config", "diff"],
     ["runs", "list"],
+    ["dashboard"],
+    ["report"],
 ]
 
 
