@@ -764,7 +764,8 @@ function showAll() {
     at("main").replaceChildren(element("p", {}, "reading …"));
     return;
   }
-  at("main").replaceChildren(...BUILD[open]());
+  const needsTrial = ["representation", "compare", "gallery"].includes(open) && !study.settings.length;
+  at("main").replaceChildren(...(needsTrial ? [element("p", {}, "The study has no trials.")] : BUILD[open]()));
   if (study) filterFields();
   refresh();
 }

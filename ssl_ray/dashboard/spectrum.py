@@ -46,10 +46,14 @@ def eigenspectrum(spectra: list[dict[str, Any]]) -> dict[str, Any]:
     traces: list[dict[str, Any]] = []
     for position, each in enumerate(spectra):
         name = f"step {each['step']}" if each["step"] else "untrained"
+        fit = _fit(each)
+        if fit is not None:
+            name += f", alpha {number(each['alpha'])} (ranks {number(each['range'][0])} to {number(each['range'][1])})"
         line = {"color": colour(position, len(spectra)), "width": 2}
         x, y = plain(each["rank"]), plain(each["eigenvalue"])
         traces.append({"type": "scatter", "mode": "lines", "x": x, "y": y, "name": name, "legendgroup": name, "line": line})
-        traces += _fit(each, name)
+        if fit is not None:
+            traces.append(guide_line(*fit, f"fit of {name}", dash="dash") | {"legendgroup": name, "showlegend": False})
     layout: dict[str, Any] = {"margin": {"l": 60, "r": 20, "t": 30, "b": 50}, "hovermode": "closest"}
     layout |= {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
     if not traces:
@@ -59,15 +63,13 @@ def eigenspectrum(spectra: list[dict[str, Any]]) -> dict[str, Any]:
     return {"data": traces, "layout": layout | axes}
 
 
-def _fit(each: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    if each["alpha"] is None or each["range"] is None or len(each["range"]) != 2:
-        return []
+def _fit(each: dict[str, Any]) -> tuple[list[float], list[float]] | None:
+    """Ends of the line of slope -alpha through the middle of the eigenvalues that alpha was fitted to, x and y."""
+    if each["alpha"] is None or each["range"] is None or len(each["range"]) != 2 or not math.isfinite(each["alpha"]):
+        return None
     low, high = each["range"]
     inside = (each["rank"] >= low) & (each["rank"] <= high)
-    if inside.sum() < 2 or not math.isfinite(each["alpha"]):
-        return []
+    if low <= 0 or inside.sum() < 2:
+        return None
     level = float(np.mean(np.log(each["eigenvalue"][inside]) + each["alpha"] * np.log(each["rank"][inside])))
-    ends = [low, high]
-    y = [math.exp(level - each["alpha"] * math.log(end)) for end in ends]
-    fit = guide_line(ends, y, f"{name}: alpha {number(each['alpha'])}, ranks {number(low)} to {number(high)}", dash="dash")
-    return [fit | {"legendgroup": name}]
+    return [low, high], np.exp(level - each["alpha"] * np.log([low, high])).tolist()

@@ -28,8 +28,10 @@ OPTIONS = {
     "config schema": {"--json"},
     "config diff": {"--json"},
     "runs list": {"--json"},
+    "dashboard": {"--json", "--port", "--host", "--token-file", "--demo"},
+    "report": {"--json", "--output", "--markdown", "--latex", "--figures"},
 }
-GROUPS = {"": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs"}}
+GROUPS = {"": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs", "dashboard", "report"}}
 GROUPS |= {"data": {"pack", "index", "check", "stats", "preview"}, "config": {"show", "schema", "diff"}, "runs": {"list"}}
 
 

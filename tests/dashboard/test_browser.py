@@ -225,6 +225,17 @@ def test_a_filter_of_a_file_is_that_of_the_server_where_it_can_be(browser: Any, 
         assert "cannot compute it anew" in tab.inner_text("main")
 
 
+def test_figures_are_written_as_pictures(study: Path, tmp_path: Path):
+    if shutil.which("chromium") is None:
+        pytest.skip("no chromium here (apt install chromium)")
+    written = report.write_figures(results.read_study(str(study)), str(tmp_path / "figures"))
+    assert {Path(file).name for file in written} == {f"{name}.{kind}" for name in page.FIGURES for kind in ("svg", "png")}
+    for file in map(Path, written):
+        data = file.read_bytes()
+        assert data.startswith(b"<svg" if file.suffix == ".svg" else b"\x89PNG"), file
+    assert "linear accuracy (% of test images)" in (tmp_path / "figures" / "dim.svg").read_text()
+
+
 def test_hostile_texts_do_no_harm(browser: Any, tmp_path: Path):
     grid = {"model.encoder": [HOSTILE, "x" * 5000, "‮ü\u2028", "%{x}<a href='javascript:window.harmed=3'>"], "views.count": [2, 4]}
     at = tmp_path / "study"
@@ -248,6 +259,21 @@ def test_hostile_texts_do_no_harm(browser: Any, tmp_path: Path):
                     for plot in tab.query_selector_all(".plot"):
                         plot.hover()
                 assert tab.query_selector("main img[src=x]") is None
+
+
+def test_a_study_without_trials_and_one_without_results_are_shown(browser: Any, tmp_path: Path):
+    schema.write_study(str(tmp_path / "empty"), synthetic.head(0))
+    schema.write_study(str(tmp_path / "queued"), synthetic.head(3, target_accuracy=None, price_per_hour=None))
+    with serving(tmp_path) as address, opened(browser, address) as tab:
+        until(tab, "document.querySelectorAll('main tbody tr').length === 2")
+        for name in ("empty", "queued"):
+            tab.goto(f"{address}#study={name}&tab=trials")
+            until(tab, f"document.getElementById('about').textContent.startsWith('{ {'empty': 0, 'queued': 3}[name] } trials')")
+            for each in TABS:
+                empty = name == "empty" and each == "representation"
+                show(tab, each, plots=each not in ("trials", "compare", "gallery") and not empty)
+        tab.click("#tab-studies")
+        until(tab, "document.querySelectorAll('main tbody tr').length === 2")
 
 
 def test_keys_reach_everything(browser: Any, study: Path):

@@ -2,17 +2,23 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+import seaweedfs
 import synthetic
 from aiohttp import CookieJar
 from aiohttp.test_utils import TestClient, TestServer
 from synthetic import complete, running
 
-from ssl_ray.dashboard import page, server
+from ssl_ray import storage
+from ssl_ray.cli import main
+from ssl_ray.dashboard import page
+from ssl_ray.dashboard import server as serving
 from ssl_ray.errors import DataError, UsageError
 from ssl_ray.study import schema
 
@@ -29,9 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return at
 
 
-def with_client(uri: Path, use: Callable[[TestClient], Awaitable[Any]], **more: Any) -> Any:
+def with_client(uri: Path | str, use: Callable[[TestClient], Awaitable[Any]], **more: Any) -> Any:
     async def main() -> Any:
-        app = server.make_app(str(uri), **more)
+        app = serving.make_app(str(uri), **more)
         jar = CookieJar(unsafe=True)  # cookies of an address, too
         async with TestClient(TestServer(app), cookie_jar=jar) as client:
             return await use(client)
@@ -106,7 +112,7 @@ def test_what_has_not_changed_is_not_sent_again(tmp_path: Path):
         _, before, first = await got(client, "/api/study?study=.")
         figure = (await got(client, "/api/figure?study=.&figure=dim"))[1]["ETag"]
         schema.write_state(str(tmp_path), last.name, complete())
-        client.server.app[server.SHELF].studies["."].read_at = -1e9  # as if a second had passed
+        client.server.app[serving.SHELF].studies["."].read_at = -1e9  # as if a second had passed
         status, after, now = await got(client, "/api/study?study=.", headers={"If-None-Match": before["ETag"]})
         assert status == 200
         assert after["ETag"] != before["ETag"]
@@ -158,8 +164,8 @@ def test_mistakes_and_damage_are_answered_with_their_reason(folder: Path, tmp_pa
 
 
 def test_what_is_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server, "STUDIES", 2)
-    monkeypatch.setattr(server, "FIGURE_BYTES", 50_000)
+    monkeypatch.setattr(serving, "STUDIES", 2)
+    monkeypatch.setattr(serving, "FIGURE_BYTES", 50_000)
     for name in "abc":
         synthetic.write(str(tmp_path / name), 2, 50, grid=GRID)
 
@@ -167,7 +173,7 @@ def test_what_is_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for name in "abc":
             for figure in page.FIGURES:
                 assert (await got(client, f"/api/figure?study={name}&figure={figure}"))[0] == 200
-        shelf = client.server.app[server.SHELF]
+        shelf = client.server.app[serving.SHELF]
         assert list(shelf.studies) == ["b", "c"]
         assert sum(map(len, shelf.figures.values())) <= 50_000
 
@@ -185,8 +191,8 @@ def test_the_spectrum_is_shown_where_read_outs_hold_it_and_its_absence_is_said(t
     async def use(client: TestClient) -> None:
         _, _, drawn = await got(client, f"/api/spectrum?study=.&trial={first.name}")
         lines = {trace["name"]: trace for trace in drawn["data"]}
-        assert lines.keys() == {f"step {s}{more}" for s in (40, 80) for more in ("", ": alpha 1.5, ranks 3 to 64")}
-        fit = lines["step 80: alpha 1.5, ranks 3 to 64"]
+        assert lines.keys() == {f"{of}step {s}, alpha 1.5 (ranks 3 to 64)" for s in (40, 80) for of in ("", "fit of ")}
+        fit = lines["fit of step 80, alpha 1.5 (ranks 3 to 64)"]
         assert fit["x"] == [3, 64]
         assert fit["y"] == pytest.approx([3 * rank**-1.5 for rank in (3, 64)])
         _, _, drawn = await got(client, f"/api/spectrum?study=.&trial={second.name}")
@@ -216,6 +222,30 @@ def test_the_gallery_is_a_picture_of_the_trial_s_views_or_the_reason_why_not(fol
             assert (await answer.read()).startswith(b"\x89PNG")
 
     with_client(folder, drawn)
+
+
+def test_studies_on_s3_are_served_and_reported_as_those_on_a_disk(
+    tmp_path: Path, server: seaweedfs.Server, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    local, uri = tmp_path / "study", f"s3://{seaweedfs.BUCKET}/{tmp_path.name}"
+    synthetic.write(str(local), 3, 30, grid=GRID)
+    for path in local.rglob("*.json*"):
+        storage.write_atomic(storage.join(uri, "study", str(path.relative_to(local))), path.read_bytes())
+
+    async def use(client: TestClient) -> None:
+        assert [row["study"] for row in (await got(client, "/api/studies"))[2]["studies"]] == ["study"]
+        _, _, study = await got(client, "/api/study?study=study")
+        assert study["columns"] == plain(page.studied(study_of(local), now=time.time()))["columns"]
+        _, _, drawn = await got(client, "/api/figure?study=study&figure=dim")
+        assert drawn == plain(page.draw(study_of(local), "dim"))
+
+    with_client(uri, use)
+    assert main(["report", f"{uri}/study", "--markdown", f"{uri}/table.md"]) == 0
+    assert b"| 64 | 0.01 |" in storage.read_bytes(f"{uri}/table.md")
+    fsspec.filesystem("s3").clear_instance_cache()
 
 
 # Who may ask ---------------------------------------------------------------------------------------------------------
@@ -291,26 +321,26 @@ def test_with_a_token_nothing_is_read_without_it(folder: Path):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])
 def test_other_machines_need_a_token(host: str):
     with pytest.raises(UsageError, match="--token-file"):
-        server.make_app("x", host=host)
-    server.make_app("x", host=host, token=TOKEN)
+        serving.make_app("x", host=host)
+    serving.make_app("x", host=host, token=TOKEN)
 
 
 @pytest.mark.parametrize("token", ["", "short", "with a line\nbreak of its own", "ä" * 20])
 def test_a_token_that_can_be_guessed_or_not_sent_is_refused(token: str):
     with pytest.raises(UsageError, match="16 or more"):
-        server.make_app("x", token=token)
+        serving.make_app("x", token=token)
 
 
 def test_a_folder_that_is_not_there_and_a_port_that_is_taken_are_said(tmp_path: Path):
     with pytest.raises(DataError, match="no such folder"):
-        server.serve(str(tmp_path / "none"), host="127.0.0.1", port=0, token=None, ready=print)
+        serving.serve(str(tmp_path / "none"), host="127.0.0.1", port=0, token=None, ready=print)
 
     async def main() -> None:
         blocker = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
         async with blocker:
             port = blocker.sockets[0].getsockname()[1]
-            app = server.make_app(str(tmp_path))
+            app = serving.make_app(str(tmp_path))
             with pytest.raises(UsageError, match=f"port {port}"):
-                await server._serve(app, "127.0.0.1", port, print)
+                await serving._serve(app, "127.0.0.1", port, print)
 
     asyncio.run(main())
