@@ -633,13 +633,3 @@ def importance_bars(study: Study) -> Figure:
         xaxis=labelled_axis(title, tickformat=_PERCENT, range=[0, 1.1]),
         yaxis=labelled_axis("swept key", type="category", ticklabelstandoff=6),
     )
-
-
-def compare(study: Study, first: str, second: str) -> list[dict[str, Any]]:
-    """The keys in which the configurations of two trials differ: [{"key", "first", "second"}], None for an absent key.
-
-    Raises KeyError if there is no trial of such a name.
-    """
-    trials = {trial.name: trial for trial in study.trials}
-    a, b = (trial_config(study.head.base, trial.settings, seed=trial.seed) for trial in (trials[first], trials[second]))
-    return [{"key": key, "first": a.get(key), "second": b.get(key)} for key in sorted(a | b) if a.get(key) != b.get(key)]

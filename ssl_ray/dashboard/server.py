@@ -157,6 +157,9 @@ def _guard(host: str, token: str | None) -> Any:
             response: web.StreamResponse = web.Response(status=405, text="Only GET.\n", headers={"Allow": "GET, HEAD"})
         elif name not in names and _address(name) is None:
             response = web.Response(status=421, text="This server is not known by that name; use its address.\n")
+        elif request.headers.get("Sec-Fetch-Site") == "cross-site" and request.path != "/":
+            # A page from elsewhere could not read the answer, but have this machine draw pictures.
+            response = web.Response(status=403, text="Only for the page of this server.\n")
         elif token is not None and not known(request):
             response = web.Response(status=401, text="A token is needed: open /?token=TOKEN once.\n")
         else:

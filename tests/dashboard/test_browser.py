@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import csv
 import dataclasses
 import json
 import shutil
@@ -223,6 +224,37 @@ def test_a_filter_of_a_file_is_that_of_the_server_where_it_can_be(browser: Any, 
             assert all_points[0] == all_points[1]
         show(tab, "parameters", plots=True)
         assert "cannot compute it anew" in tab.inner_text("main")
+
+
+def test_two_trials_are_compared_by_their_whole_configurations(browser: Any, study: Path):
+    first, second = (results.read_study(str(study)).trials[i] for i in (0, 9))
+    with serving(study) as address, opened(browser, f"{address}#study=.&tab=compare&a={first.name}&b={second.name}") as tab:
+        until(tab, "document.querySelectorAll('main table').length === 2")
+        rows = [row.split("\t") for row in tab.inner_text("main table >> nth=0").splitlines()]
+        given = [{"seed": trial.seed} | trial.settings for trial in (first, second)]
+        assert [row[0] for row in rows[1:]] == sorted(key for key in given[0] if given[0][key] != given[1][key])
+        assert all(row[1:] == [f"{one[row[0]]:g}" for one in given] for row in rows[1:])
+        accuracy = [f"{100 * trial.result('linear_accuracy'):.2f}" for trial in (first, second)]
+        assert ["linear accuracy (%)", *accuracy] in [r.split("\t") for r in tab.inner_text("main table >> nth=1").splitlines()]
+        tab.click("text=show only these two")
+        show(tab, "training", plots=True)
+        until_equal(tab, f"{SHOWN}[0]", sorted([first.name, second.name]))
+
+
+def test_the_table_is_saved_as_it_is_filtered_and_sorted(browser: Any, study: Path):
+    read = results.read_study(str(study))
+    with serving(study) as address, opened(browser, f"{address}#study=.&tab=trials&f.seed=[1]&sort=-linear_accuracy") as tab:
+        until(tab, "document.querySelectorAll('table.trials tbody tr[data-row]').length === 16")
+        with tab.expect_download() as download:
+            tab.click("text=CSV")
+        rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
+        there = {trial.name: trial.result("linear_accuracy") for trial in read.trials if trial.seed == 1}
+        assert {row["name"] for row in rows} == there.keys()
+        values = [float(row["linear_accuracy"]) for row in rows if row["linear_accuracy"]]
+        assert values == sorted((value for value in there.values() if value == value), reverse=True)
+        with tab.expect_download() as download:
+            tab.click("text=JSON")
+        assert [row["name"] for row in json.loads(Path(download.value.path()).read_text())] == [row["name"] for row in rows]
 
 
 def test_figures_are_written_as_pictures(study: Path, tmp_path: Path):

@@ -42,7 +42,6 @@ figures = SimpleNamespace(
     fraction_map=checked(drawn.fraction_map),
     parallel_coordinates=checked(drawn.parallel_coordinates),
     importance_bars=checked(drawn.importance_bars),
-    compare=drawn.compare,
 )
 FIGURES: dict[str, Callable[[Study], go.Figure]] = {
     "accuracy_over_dim": figures.accuracy_over_dim,
@@ -453,18 +452,6 @@ def test_other_objectives_are_shown_as_what_they_are(tmp_path: Path):
     assert not [trace for trace in figure.data if "target" in trace.name]
     knn = study_of(tmp_path / "knn", 6, grid=SMALL_GRID, objective="knn_accuracy")
     assert figures.accuracy_over_training(knn).layout.yaxis.title.text == "kNN accuracy (% of test images)"
-
-
-def test_two_trials_are_compared_by_their_whole_configurations(small: Study):
-    first, second = small.trials[0], small.trials[-1]
-    assert figures.compare(small, first.name, second.name) == [
-        {"key": "loss.beta", "first": 0.01, "second": 0.04},
-        {"key": "model.projector_dim", "first": 64, "second": 256},
-        {"key": "seed", "first": 0, "second": 2},
-    ]
-    assert figures.compare(small, first.name, first.name) == []
-    with pytest.raises(KeyError):
-        figures.compare(small, first.name, "another")
 
 
 # Drawing -------------------------------------------------------------------------------------------------------------

@@ -274,6 +274,16 @@ def test_another_name_that_leads_here_reads_nothing(folder: Path):
     with_client(folder, use)
 
 
+def test_a_page_from_elsewhere_may_lead_here_but_have_nothing_made(folder: Path):
+    async def use(client: TestClient) -> None:
+        headers = {"Sec-Fetch-Site": "cross-site"}
+        assert (await got(client, "/", headers=headers))[0] == 200
+        assert (await got(client, "/api/gallery?study=first&trial=x", headers=headers))[0] == 403
+        assert (await got(client, "/api/studies", headers={"Sec-Fetch-Site": "same-origin"}))[0] == 200
+
+    with_client(folder, use)
+
+
 def test_every_answer_forbids_scripts_and_requests_from_elsewhere(folder: Path):
     async def use(client: TestClient) -> None:
         for path in ("/", "/assets/page.js", "/assets/plotly.min.js", "/api/studies", "/api/study?study=x", "/nothing"):
