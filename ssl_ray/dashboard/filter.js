@@ -28,8 +28,7 @@ function restricted(figure, drawn, keep, study, column) {
   let lost = 0;
   for (const trace of drawn.data) {
     if (!trace.meta || !trace.meta.trials) {
-      if (figure === "beta") lost += 1; // the laws are those of all trials
-      else data.push(trace);
+      if (figure !== "beta") data.push(trace); // the laws are those of all trials
     } else if (!trace.customdata) {
       lost += 1;
       data.push(trace);
@@ -43,13 +42,13 @@ function restricted(figure, drawn, keep, study, column) {
       if (made.trace.x.length) data.push(made.trace);
     } else data.push(trace);
   }
-  const layout = lost || figure !== "map-minutes" ? drawn.layout : { ...drawn.layout };
+  if (figure === "beta") data.push(...laws(data));
   const remade = data.map((trace) => {
     if (trace.meta && trace.meta.derived === "best" && figure === "dim") return bestLine(trace, data, study);
     if (trace.meta && trace.meta.derived === "front") return frontLine(trace, data);
     return trace;
   });
-  return { data: remade, layout, lost };
+  return { data: remade, layout: drawn.layout, lost };
 }
 
 function positions(of) {
@@ -127,6 +126,25 @@ function bestLine(trace, data, study) {
   }
   const widths = [...best.keys()].sort((a, b) => a - b);
   return { ...trace, x: widths, y: widths.map((d) => best.get(d)), customdata: undefined };
+}
+
+// beta = c / d and the line that fits best through the best betas, as ssl_ray.study.analysis has them, without intervals.
+function laws(data) {
+  const points = data.flatMap((trace) => trace.x.map((d, i) => [Math.log(d), Math.log(trace.y[i])]));
+  if (!points.length) return [];
+  const x = points.map(([d]) => d);
+  const c = Math.exp(mean(points.map(([d, beta]) => d + beta)));
+  const ends = [Math.exp(Math.min(...x)), Math.exp(Math.max(...x))];
+  const line = (y, name, dash) => ({ type: "scatter", mode: "lines", x: ends, y, name, line: { color: "#888888", dash, width: 1.5 }, hoverinfo: "name" });
+  const made = [line(ends.map((d) => c / d), `β = c / d, c = ${shownNumber(c)}`, "dot")];
+  const middle = [mean(x), mean(points.map(([, beta]) => beta))];
+  const spread = mean(x.map((d) => (d - middle[0]) ** 2));
+  if (spread > 1e-12) {
+    const slope = mean(points.map(([d, beta]) => (d - middle[0]) * (beta - middle[1]))) / spread;
+    const y = ends.map((d) => Math.exp(middle[1] + slope * (Math.log(d) - middle[0])));
+    made.push(line(y, `fit, slope ${slope.toFixed(2)}`, "dash"));
+  }
+  return made;
 }
 
 // The points than which no other is as cheap and as good; what they dominate is dimmed.

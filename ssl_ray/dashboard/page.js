@@ -458,7 +458,7 @@ function buildStudies() {
       box.replaceChildren(element("p", { class: "problem" }, error.message));
     }
   };
-  fill();
+  slots.push({ fill });
   return [element("h2", {}, "Studies"), box];
 }
 
@@ -829,12 +829,16 @@ async function poll() {
   const turn = (polling += 1);
   const of = view.study;
   try {
-    if (!of && (await ask("studies", {})).value.studies.length === 1 && !view.tab) {
-      view.study = (await ask("studies", {})).value.studies[0].study;
-      writeView();
-      poll();
-      return;
+    if (!of && !view.tab) {
+      const { value } = await ask("studies", {});
+      if (value.studies.length === 1) {
+        view.study = value.studies[0].study;
+        writeView();
+        poll();
+        return;
+      }
     }
+    if (tabNow() === "studies" && study === null) refresh();
     if (of && !document.hidden) {
       const answer = await ask("study", { study: of }, studyTag);
       if (turn !== polling) return;

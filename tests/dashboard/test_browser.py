@@ -224,6 +224,15 @@ def test_a_filter_of_a_file_is_that_of_the_server_where_it_can_be(browser: Any, 
             assert all_points[0] == all_points[1]
         show(tab, "parameters", plots=True)
         assert "cannot compute it anew" in tab.inner_text("main")
+    two = dataclasses.replace(read, trials=tuple(trial for trial in read.trials if trial.m == 2))
+    with opened(browser, f"{file.as_uri()}#tab=projector&f.views.count=%5B2%5D") as tab:
+        until(tab, DRAWN)
+        there = tab.evaluate("document.querySelectorAll('.plot')[1].data.map((trace) => [trace.name, trace.x, trace.y])")
+        mine = page.draw(two, "beta")["data"]
+        for (name, x, y), trace in zip(there, mine, strict=True):
+            assert trace["name"].startswith(name)
+            assert x == pytest.approx(trace["x"])
+            assert y == pytest.approx(trace["y"])
 
 
 def test_two_trials_are_compared_by_their_whole_configurations(browser: Any, study: Path):
