@@ -232,7 +232,7 @@ def _tune(uri: str, head: Head, study: Study, names: list[str], keeper: "Keeper"
         at_a_time = concurrency(session.available, configs)
         progress("stage", {"text": f"{len(names)} trials to run, {at_a_time} at a time"})
         # A trial of several workers only waits for them.
-        cpus = max(min(made.train.threads, session.available["CPU"]) if alone(made) else 0.01 for made in configs)
+        cpus = max(min(made.train.threads, session.available["CPU"]) if alone(made) else 0 for made in configs)
         trainable = tune.with_resources(run_trial, {"CPU": cpus})
         tuner = tune.Tuner(
             trainable,
