@@ -26,6 +26,8 @@ from ssl_ray.train.runs import ask_to_stop as ask_run_to_stop
 from ssl_ray.train.runs import read_json
 
 HEARTBEAT_S = 5.0
+WAITS_CPUS = 0.01
+"""Of a trial that only waits for its workers: Tune wants some."""
 RESTARTS = 3
 """So often a trial whose process or machine dies is started again; `study resume` tries anew."""
 ERROR_LINES = 12
@@ -231,12 +233,11 @@ def _tune(uri: str, head: Head, study: Study, names: list[str], keeper: "Keeper"
             logging.getLogger(name).setLevel(logging.ERROR)
         at_a_time = concurrency(session.available, configs)
         progress("stage", {"text": f"{len(names)} trials to run, {at_a_time} at a time"})
-        # A trial of several workers only waits for them.
-        cpus = max(min(made.train.threads, session.available["CPU"]) if alone(made) else 0 for made in configs)
+        cpus = max(min(made.train.threads, session.available["CPU"]) if alone(made) else WAITS_CPUS for made in configs)
         trainable = tune.with_resources(run_trial, {"CPU": cpus})
         tuner = tune.Tuner(
             trainable,
-            param_space={"study": uri, "share": 1 / at_a_time, "trial": tune.grid_search(names)},
+            param_space={"study": uri, "share": (1 - at_a_time * WAITS_CPUS) / at_a_time, "trial": tune.grid_search(names)},
             tune_config=tune.TuneConfig(
                 scheduler=_scheduler(head, study), max_concurrent_trials=at_a_time, reuse_actors=False, num_samples=1
             ),

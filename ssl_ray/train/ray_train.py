@@ -314,11 +314,11 @@ def _work_or_raise(given: dict[str, Any]) -> "loop.Outcome":
 
 
 def evaluate(uri: str, checkpoint: str | None, *, cpus: float) -> "Future[dict[str, Any]]":
-    """The read-outs of a checkpoint, in a task beside the workers."""
+    """The read-outs of a checkpoint, in a task beside the workers; of a trial too, whose own CPUs are too few for it."""
     from ssl_ray.train.readouts import evaluate_run
 
     remote: Any = ray.remote  # its annotation knows no keyword-only arguments
-    return remote(evaluate_run).options(num_cpus=cpus).remote(uri, checkpoint=checkpoint).future()
+    return remote(evaluate_run).options(num_cpus=cpus, scheduling_strategy="DEFAULT").remote(uri, checkpoint=checkpoint).future()
 
 
 def train(
