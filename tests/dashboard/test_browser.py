@@ -41,10 +41,10 @@ def browser() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def serving(uri: Path) -> Iterator[str]:
+def serving(uri: Path, *, poll_s: float = POLL_S) -> Iterator[str]:
     """The address of a server in a thread of its own."""
     loop = asyncio.new_event_loop()
-    runner = web.AppRunner(server.make_app(str(uri), poll_s=POLL_S), access_log=None)
+    runner = web.AppRunner(server.make_app(str(uri), poll_s=poll_s), access_log=None)
 
     async def start() -> int:
         await runner.setup()
@@ -129,16 +129,20 @@ def test_a_new_point_is_there_within_a_poll(browser: Any, tmp_path: Path):
     schema.write_study(str(at), head)
     trial = head.trials[0]
     synthetic.write_trial(str(at), head, trial, points=40, state=running(heartbeat=time.time()), every=20)
-    with serving(at) as address, opened(browser, f"{address}#study=.&tab=training") as tab:
+    with serving(at, poll_s=page.POLL_S) as address, opened(browser, f"{address}#study=.&tab=training") as tab:
         until(tab, DRAWN)
+        polls: list[str] = []
+        tab.on("request", lambda request: polls.append(request.url) if "/api/study?" in request.url else None)
         assert tab.evaluate("document.querySelector('.plot').data[0].y.length") == 3 + 1  # a null ends the curve
         run = Path(schema.trial_uri(str(at), trial.name))
         more = "".join(json.dumps(synthetic.record(step, m=2)) + "\n" for step in range(40, 60))
         (run / "metrics" / "0000000040-000002.jsonl").write_text(more)
         (run / "evaluations" / "0000000060.json").write_text(json.dumps(synthetic.readout(60, linear=0.77)))
         began = time.monotonic()
-        until(tab, "document.querySelector('.plot').data.some((trace) => trace.y.includes(0.77))", within_s=20)
-        print(f"a new point was there after {time.monotonic() - began:.2f} s, polls every {POLL_S} s")
+        polls.clear()
+        until(tab, "document.querySelector('.plot').data.some((trace) => trace.y.includes(0.77))", within_s=30)
+        print(f"a new point was there after {time.monotonic() - began:.2f} s, polls every {page.POLL_S} s")
+        assert len(polls) == 1
         assert until(tab, "document.querySelector('.plot').data[0].line.dash") == "dash"
         assert "updated" in tab.inner_text("#fresh")
         (at / "study.json").rename(at / "study.moved")  # what was shown stays, and that it is old is said
