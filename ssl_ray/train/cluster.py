@@ -174,6 +174,7 @@ def start_ray(folder: Path) -> tuple[dict[str, float], str]:
     if is_local():
         for name, value in PROMPT.items():
             os.environ.setdefault(name, value)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # Nobody takes this node away, and a process to watch for that takes a second to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray

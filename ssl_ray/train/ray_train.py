@@ -374,7 +374,9 @@ def _train_once(
     environment: dict[str, str],
 ) -> "loop.Outcome":
     """Trains until the run ends, or its workers make way."""
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from ssl_ray.train.rendezvous import OwnAddress
 
     work: Any = _work  # Ray passes on what it returns, which its annotation does not foresee
     workers = config.train.workers
@@ -383,7 +385,7 @@ def _train_once(
         train_loop_config={"config": config, "run": run, "schedule": schedule, "watch": watch},
         datasets={"train": ray.data.range(1)},
         dataset_config=StreamConfig(run, lease, reference, schedule.total_steps, resources, config.train),
-        torch_config=TorchConfig(timeout_s=int(last_resort_s(config.train.stall_s))),
+        torch_config=OwnAddress(timeout_s=int(last_resort_s(config.train.stall_s))),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(workers.min, workers.max) if isinstance(workers, Workers) else workers,  # type: ignore[arg-type]
             use_gpu=resources.gpus,
