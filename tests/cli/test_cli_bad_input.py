@@ -26,7 +26,7 @@ from ssl_ray.storage import list_names
         (["train.batch=100", "train.lanes=64"], ["train.lanes: got 64, expected a divisor of train.batch=100, for example 50"]),
         (["train.batch=8", "train.workers=9"], ["train.workers: got 9", "dealt in 8 lanes", "Use fewer workers"]),
         (["-c", "digit"], ["digit: no such recipe, file or run. Did you mean digits?"]),
-        (["-c", "nothing-like-it"], ["no such recipe, file or run. Recipes: cifar10, digits,"]),
+        (["-c", "nothing-like-it"], ["no such recipe, file or run. There are: cifar10, digits,"]),
         (["--no-such-option"], ["not understood: --no-such-option", "--help"]),
     ],
 )

@@ -29,9 +29,17 @@ OPTIONS = {
     "config diff": {"--json"},
     "runs list": {"--json"},
     "dashboard": {"--json", "--port", "--host", "--token-file", "--demo"},
+    "study run": {"--json", "--output", "--small"},
+    "study resume": {"--json"},
+    "study status": {"--json"},
+    "study stop": {"--json"},
+    "study list": {"--json"},
     "report": {"--json", "--output", "--markdown", "--latex", "--figures"},
 }
-GROUPS = {"": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs", "dashboard", "report"}}
+GROUPS = {
+    "": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs", "study", "dashboard", "report"},
+    "study": {"run", "resume", "status", "stop", "list"},
+}
 GROUPS |= {"data": {"pack", "index", "check", "stats", "preview"}, "config": {"show", "schema", "diff"}, "runs": {"list"}}
 
 
