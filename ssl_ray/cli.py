@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ssl_ray import __version__, config, console, storage
 from ssl_ray.config import Config
-from ssl_ray.errors import DataError, SslRayError, Stopped, UsageError, shown
+from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, UsageError, shown
 
 RECIPES = Path(__file__).parent / "recipes"
 STUDIES = Path(__file__).parent / "study" / "studies"
@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             show(value)
         sys.stdout.flush()
+        if options.verb is _doctor and not all(finding["ok"] for finding in value):
+            return ResourceError.exit_code
         return DataError.exit_code if options.verb is _data_check and not value["ok"] else 0
     except SslRayError as error:
         console.error(str(error))
@@ -189,6 +191,12 @@ def _config_schema(options: argparse.Namespace) -> Result:
 def _config_diff(options: argparse.Namespace) -> Result:
     a, b = (config.flatten(config.to_dict(read_config(name, []))) for name in (options.a, options.b))
     return [{"key": key, options.a: a[key], options.b: b[key]} for key in a if a[key] != b[key]], console.rows_or("no difference")
+
+
+def _doctor(options: argparse.Namespace) -> Result:
+    from ssl_ray.doctor import doctor
+
+    return doctor(), console.rows_or("nothing was looked at")
 
 
 def _runs_list(options: argparse.Namespace) -> Result:
@@ -511,6 +519,7 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("a", help="a recipe's name, a YAML file or a run")
     diff.add_argument("b", help="likewise")
     _add_study(_group(verbs, "study", "Studies: many runs that differ in a few keys, compared."))
+    _add(verbs, "doctor", _doctor, "Check this machine: versions, and the ports of Ray that others may reach.")
     runs = _group(verbs, "runs", "Runs: list.")
     listing = _add(runs, "list", _runs_list, "The runs below a folder or URI.")
     listing.add_argument("uri", nargs="?", default="runs", help="default: runs")

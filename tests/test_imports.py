@@ -34,6 +34,7 @@ LAYERS = {
     "evaluate": 4,
     "study": 5,
     "dashboard": 6,
+    "doctor": 6,
     "console": 7,
     "cli": 7,
     "__main__": 7,
@@ -167,6 +168,7 @@ VERBS = [
     ["config", "diff"],
     ["runs", "list"],
     ["dashboard"],
+    ["doctor"],
     ["report"],
 ]
 

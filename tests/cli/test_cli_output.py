@@ -28,6 +28,7 @@ OPTIONS = {
     "config schema": {"--json"},
     "config diff": {"--json"},
     "runs list": {"--json"},
+    "doctor": {"--json"},
     "dashboard": {"--json", "--port", "--host", "--token-file", "--demo"},
     "study run": {"--json", "--output", "--small"},
     "study resume": {"--json"},
@@ -37,7 +38,7 @@ OPTIONS = {
     "report": {"--json", "--output", "--markdown", "--latex", "--figures"},
 }
 GROUPS = {
-    "": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs", "study", "dashboard", "report"},
+    "": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs", "study", "dashboard", "report", "doctor"},
     "study": {"run", "resume", "status", "stop", "list"},
 }
 GROUPS |= {"data": {"pack", "index", "check", "stats", "preview"}, "config": {"show", "schema", "diff"}, "runs": {"list"}}

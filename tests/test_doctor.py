@@ -1,0 +1,42 @@
+"""The checks of a place to run, on a real Ray."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from command import ssl_ray
+from nodes import free_port
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_ports_of_ray_that_ask_for_no_token_are_named(tmp_path, mode: str):
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o600)
+    env = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN_PATH": str(token)}
+    port = free_port()
+    head = [*RAY, "start", "--head", "--block", f"--port={port}", f"--temp-dir={tmp_path}", "--num-cpus=0"]
+    head += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=80000000"]
+    process = subprocess.Popen(
+        head, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "This command will now block" in line:
+                break
+        done = ssl_ray({}, "doctor", "--json")
+        rows = [row for row in done.json if row["check"] == "ports" and f" {port}" in f" {row['found']}".replace(",", "")]
+        assert len(rows) == 1, done.out
+        assert rows[0]["found"].startswith("gcs_server (process ")
+        assert rows[0]["ok"] == (mode == "token")
+        if mode == "disabled":
+            assert done.code == 4
+            assert "RAY_AUTH_MODE=token" in rows[0]["do"]
+        assert done.json[0]["found"].startswith("Python 3.")
+    finally:
+        os.killpg(process.pid, 9)
+        process.communicate()
