@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 from command import ssl_ray
@@ -11,14 +13,21 @@ from nodes import free_port
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
+@pytest.fixture
+def short() -> Iterator[str]:
+    """A folder whose name leaves room for those of Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="ssl-ray-test-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
 @pytest.mark.parametrize("mode", ["token", "disabled"])
-def test_ports_of_ray_that_ask_for_no_token_are_named(tmp_path, mode: str):
+def test_ports_of_ray_that_ask_for_no_token_are_named(tmp_path, short: str, mode: str):
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
     token.chmod(0o600)
     env = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN_PATH": str(token)}
     port = free_port()
-    head = [*RAY, "start", "--head", "--block", f"--port={port}", f"--temp-dir={tmp_path}", "--num-cpus=0"]
+    head = [*RAY, "start", "--head", "--block", f"--port={port}", f"--temp-dir={short}", "--num-cpus=0"]
     head += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=80000000"]
     process = subprocess.Popen(
         head, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -28,6 +37,8 @@ def test_ports_of_ray_that_ask_for_no_token_are_named(tmp_path, mode: str):
         for line in process.stdout:
             if "This command will now block" in line:
                 break
+        else:
+            pytest.fail("Ray did not start")
         done = ssl_ray({}, "doctor", "--json")
         rows = [row for row in done.json if row["check"] == "ports" and f" {port}" in f" {row['found']}".replace(",", "")]
         assert len(rows) == 1, done.out

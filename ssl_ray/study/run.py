@@ -32,6 +32,8 @@ RESTARTS = 3
 """So often a trial whose process or machine dies is started again; `study resume` tries anew."""
 ERROR_LINES = 12
 PROBE_STEPS = 3
+START_S = 8.0
+"""Of a trial, for the start of its process and its last read-outs; of small ones the larger part."""
 _MODES = {"linear_accuracy": "max", "knn_accuracy": "max", "alpha": "near", "rankme": "max"}
 ALPHA_TARGET = 1.0
 """Of a good representation (alpha-ReQ)."""
@@ -71,7 +73,7 @@ def prepare(uri: str, spec: Spec, base: Config, *, progress: Progress) -> Head:
         identity = config.identity(configured(nested, own, seed=seed, source=spec.name))
         name = trial_name(number, each, seed)
         planned.append(Planned(name=name, settings=own, seed=seed, hash=config.canonical_hash(identity)))
-        seconds += steps * step_s
+        seconds += steps * step_s + START_S
     price = spec.price_per_hour
     predicted = {"trials": len(planned), "steps": sum(trial.settings["train.steps"] for trial in planned)}
     predicted |= {"minutes": seconds / 60, "cost": None if price is None else price * seconds / 3600}
