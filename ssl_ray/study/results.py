@@ -99,6 +99,7 @@ class Readouts:
 class Trial:
     name: str
     settings: dict[str, Any]
+    """The swept keys alone: not what follows from a budget."""
     seed: int
     hash: str
     m: int
@@ -266,7 +267,7 @@ def _read_trial(uri: str, head: Head, planned: Planned, *, known: Trial | None, 
     curve = _totals(columns, steps_per_epoch)
     running = state.status == "running"
     return Trial(
-        **vars(planned),
+        **vars(planned) | {"settings": {key: planned.settings[key] for key in head.swept if key in planned.settings}},
         m=m,
         d=d,
         beta=beta,
