@@ -67,8 +67,9 @@ def _interrupt(number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def recipe_names() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def recipe_names(folder: Path = RECIPES) -> list[str]:
+    """Of the recipes that come with ssl_ray, or of the studies."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def _read_recipe(name: str, *, folder: Path = RECIPES) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _read_recipe(name: str, *, folder: Path = RECIPES) -> dict[str, Any]:
     """
     import yaml
 
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    known = recipe_names(folder)
     path = folder / f"{name}.yaml" if name in known else Path(name)
     try:
         is_run, there = "://" in name or path.is_dir(), path.exists()
@@ -528,9 +529,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_study(verbs: Any) -> None:
-    names = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
     run = _add(verbs, "run", _study_run, "Run a study, from wherever it stands.")
-    run.add_argument("study", metavar="STUDY", help=f"{names}, or a YAML file")
+    run.add_argument("study", metavar="STUDY", help=f"{', '.join(recipe_names(STUDIES))}, or a YAML file")
     run.add_argument("-o", "--output", metavar="URI", help="folder or URI of the study; default: studies/NAME")
     run.add_argument("--small", action="store_true", help="the small variant: the digits, minutes on two CPU cores")
     _takes_keys(run)

@@ -389,8 +389,8 @@ class Keeper:
             self.running.pop(name, None)
         elif "stopped" in said:
             self.ends(name, "stopped", reason="`ssl-ray study stop` asked for it")
-        elif storage.exists(storage.join(trial_uri(self.uri, name), "summary.json")):
-            result = read_json(storage.join(trial_uri(self.uri, name), "summary.json"))[self.head.objective]
+        elif storage.exists(summary := storage.join(trial_uri(self.uri, name), "summary.json")):
+            result = read_json(summary)[self.head.objective]
             self.ends(name, "complete", objective=self.head.objective, result=result)
         else:
             self.ends(name, "stopped", reason="the scheduler ended it: others were better after as many views")

@@ -217,8 +217,7 @@ def ask_to_stop(uri: str, marker: Marker | None = None) -> None:
 
 def stop_asked(uri: str, marker: Marker) -> bool:
     """Whether the workers of this start are to stop."""
-    at = storage.join(uri, "stop")
-    return storage.exists(at) and storage.read_versioned(at)[0] in (b"", str(marker.number).encode())
+    return storage.read_versioned(storage.join(uri, "stop"))[0] in (b"", str(marker.number).encode())
 
 
 def write_failure(uri: str, reasons: dict[int, str]) -> None:
