@@ -87,10 +87,10 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int) -> tuple[np.ndarray, np.nda
     parts = -(-len(inner) // size)
     padded = np.full(parts * size, math.nan)
     padded[: len(inner)] = inner
-    padded = padded.reshape(parts, size)
+    rows = padded.reshape(parts, size)
     starts = 1 + size * np.arange(parts)
-    least = starts + np.where(np.isnan(padded), math.inf, padded).argmin(axis=1)
-    largest = starts + np.where(np.isnan(padded), -math.inf, padded).argmax(axis=1)
+    least = starts + np.where(np.isnan(rows), math.inf, rows).argmin(axis=1)
+    largest = starts + np.where(np.isnan(rows), -math.inf, rows).argmax(axis=1)
     kept = np.unique(np.concatenate([[0], least, largest, [len(x) - 1]]))
     return x[kept], y[kept]
 
