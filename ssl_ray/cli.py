@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 from ssl_ray import __version__, config, console, storage
 from ssl_ray.config import Config
 from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, UsageError, shown
+from ssl_ray.train.trackers import Trackers, tracked
 
 RECIPES = Path(__file__).parent / "recipes"
 STUDIES = Path(__file__).parent / "study" / "studies"
@@ -144,10 +146,14 @@ Result = tuple[Any, Callable[[Any], None]]
 
 def _pretrain(options: argparse.Namespace) -> Result:
     made = read_config(options.config, options.overrides)
-    with console.progress(quiet=options.json) as progress:
+    with console.progress(quiet=options.json) as show, tracked(show, _trackers(options)) as progress:
         from ssl_ray.train.pretrain import pretrain
 
         return pretrain(made, resume=options.resume, leased=not options.no_lease, progress=progress), console.summary
+
+
+def _trackers(options: argparse.Namespace) -> Trackers:
+    return Trackers(tensorboard=options.tensorboard, wandb=options.wandb, mlflow=options.mlflow)
 
 
 def _evaluate(options: argparse.Namespace) -> Result:
@@ -207,7 +213,7 @@ def _runs_list(options: argparse.Namespace) -> Result:
 
 
 def _study_run(options: argparse.Namespace) -> Result:
-    from ssl_ray.study import run, spec
+    from ssl_ray.study import prepare, run, spec
 
     values = _read_recipe(options.study, folder=STUDIES)
     small = values.pop("small", None)
@@ -217,8 +223,8 @@ def _study_run(options: argparse.Namespace) -> Result:
     base = read_config(made.recipe, [*(f"{key}={value}" for key, value in made.keys.items()), *options.overrides])
     uri = storage.absolute(options.output or f"studies/{made.name}{'-small' if options.small else ''}")
     with console.progress(quiet=options.json) as progress:
-        progress("stage", {"text": console.study_plan(uri, run.prepare(uri, made, base, progress=progress))})
-        study = run.run(uri, progress=progress)
+        begin = functools.partial(prepare.prepare, uri, made, base, progress=progress)
+        study = run.run(uri, begin=begin, progress=progress, trackers=_trackers(options))
     return study.summary, console.study_summary
 
 
@@ -226,7 +232,8 @@ def _study_resume(options: argparse.Namespace) -> Result:
     from ssl_ray.study import run
 
     with console.progress(quiet=options.json) as progress:
-        return run.run(storage.absolute(options.uri), progress=progress).summary, console.study_summary
+        study = run.run(storage.absolute(options.uri), progress=progress, trackers=_trackers(options))
+    return study.summary, console.study_summary
 
 
 def _study_status(options: argparse.Namespace) -> Result:
@@ -458,6 +465,12 @@ def _takes_keys(parser: argparse.ArgumentParser, *, examples: str = "") -> None:
     parser.set_defaults(explain=lambda: f"{_keys_help()}\n\n{examples}".rstrip())
 
 
+def _takes_trackers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's event files, to RUN/tensorboard")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also tell Weights & Biases (pip install 'ssl-ray[wandb]')")
+    parser.add_argument("--mlflow", metavar="URI", help="also tell the MLflow server there (pip install 'ssl-ray[mlflow]')")
+
+
 _POWER = re.compile(r"[0-9]{1,3}e[0-9]{1,2}")
 
 
@@ -496,6 +509,7 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument(
         "--no-lease", action="store_true", help="do not refuse a run that another driver trains; for storage without locks"
     )
+    _takes_trackers(pretrain)
     _takes_config(pretrain, examples=_EXAMPLES)
     evaluate = _add(verbs, "evaluate", _evaluate, "Read out a checkpoint of a run: linear, kNN, alpha, RankMe.")
     evaluate.add_argument("run", help="folder or URI of the run")
@@ -533,9 +547,11 @@ def _add_study(verbs: Any) -> None:
     run.add_argument("study", metavar="STUDY", help=f"{', '.join(recipe_names(STUDIES))}, or a YAML file")
     run.add_argument("-o", "--output", metavar="URI", help="folder or URI of the study; default: studies/NAME")
     run.add_argument("--small", action="store_true", help="the small variant: the digits, minutes on two CPU cores")
+    _takes_trackers(run)
     _takes_keys(run)
     resume = _add(verbs, "resume", _study_resume, "Run what a study lacks: trials that were stopped with it, lost or failed.")
     resume.add_argument("uri", help="folder or URI of the study")
+    _takes_trackers(resume)
     status = _add(verbs, "status", _study_status, "Where each trial of a study stands.")
     status.add_argument("uri", help="folder or URI of the study")
     stop = _add(verbs, "stop", _study_stop, "Have a study that runs elsewhere stop, with checkpoints; or end one trial for good.")

@@ -93,6 +93,14 @@ def _evaluation_line(value: dict[str, Any]) -> str:
     return f"{at}: " + ", ".join(f"{name} {_short(value[key])}" for name, key in _READOUTS if value[key] is not None) + lost
 
 
+def _study_line(value: dict[str, Any]) -> str:
+    """What a study is about to take."""
+    currency = f" {value['currency']}" if value["currency"] else ""
+    costs = "".join(f", {cost:.2f}{currency} ({name})" for name, cost in (value["cost"] or {}).items())
+    minutes = f"{value['minutes']:.0f}" if value["minutes"] >= 10 else f"{value['minutes']:.1f}"
+    return f"{value['study']}: {value['trials']} trials, {value['steps']:,} steps, {minutes} minutes of a trial's machine{costs}"
+
+
 def _trial_line(value: dict[str, Any]) -> str:
     what = value["status"]
     if value["status"] == "complete":
@@ -134,6 +142,8 @@ def _lines() -> Callable[[str, dict[str, Any]], None]:
                 _say(_start_line(value))
             case "stage":
                 _say(value["text"])
+            case "study":
+                _say(_study_line(value))
             case "evaluation":
                 _say(_evaluation_line(value))
             case "trial":
@@ -165,6 +175,8 @@ def _live() -> Iterator[Callable[[str, dict[str, Any]], None]]:
                     if more:
                         bar.console.print(shown(value["text"]), highlight=False, markup=False)
                     bar.update(task, description=shown(what))
+                case "study":
+                    bar.console.print(shown(_study_line(value)), highlight=False, markup=False)
                 case "evaluation":
                     bar.console.print(_evaluation_line(value), highlight=False)
                 case "trial":
@@ -176,14 +188,6 @@ def _live() -> Iterator[Callable[[str, dict[str, Any]], None]]:
                     bar.update(task, description="training", completed=value["step"] + 1, text=text)
 
         yield show
-
-
-def study_plan(uri: str, head: Any) -> str:
-    """What a study is about to take, from its study.json."""
-    predicted = head.predicted
-    cost = "" if predicted["cost"] is None else f", {predicted['cost']:.2f} {head.currency or ''}".rstrip()
-    minutes = f"{predicted['minutes']:.0f}" if predicted["minutes"] >= 10 else f"{predicted['minutes']:.1f}"
-    return f"{uri}: {predicted['trials']} trials, {predicted['steps']:,} steps, {minutes} minutes of a trial's machine{cost}"
 
 
 # Results ------------------------------------------------------------------------------------------------------------
@@ -341,7 +345,9 @@ def summary(values: dict[str, Any]) -> None:
 def study_summary(values: dict[str, Any]) -> None:
     """Predicted against real, and how the trials ended."""
     for name in ("predicted", "real"):
-        print(f"{name:<10}" + ", ".join(f"{key} {_short(value)}" for key, value in (values[name] or {}).items()))
+        said = [(key, value) for key, value in (values[name] or {}).items() if key != "cost"]
+        said += [(f"cost ({price})", cost) for price, cost in ((values[name] or {}).get("cost") or {}).items()]
+        print(f"{name:<10}" + ", ".join(f"{key} {_short(value)}" for key, value in said))
     print("trials    " + ", ".join(f"{count} {status}" for status, count in values["counts"].items()))
 
 

@@ -609,7 +609,8 @@ function studyFacts() {
     ["predicted", study.predicted],
     ["real", study.summary && study.summary.real],
     ["wall-clock of all trials", `${shownNumber(total("wall"))} min`],
-    ["cost", costs.length ? `${shownNumber(total("cost"))} ${study.currency ?? ""} at ${study.price_per_hour} an hour` : null],
+    ["cost", costs.length ? `${shownNumber(total("cost"))} ${study.currency ?? ""}`.trim() : null],
+    ["prices of an hour of a trial", study.prices],
     ["machine", study.machine],
     ["ssl_ray", study.ssl_ray],
   ];

@@ -118,7 +118,7 @@ def studied(study: Study, *, now: float) -> dict[str, Any]:
         "swept": list(head.swept),
         "seeds": list(head.seeds),
         "budget": head.budget,
-        "price_per_hour": head.price_per_hour,
+        "prices": head.prices,
         "currency": head.currency,
         "predicted": head.predicted,
         "summary": study.summary,

@@ -155,6 +155,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
         ("trials", ", ".join(f"{n} {status}" for status, n in counts(study, now=time.time()).items())),
         ("wall-clock of all trials", f"{number(sum(trial.state.seconds for trial in study.trials) / 60)} minutes"),
         ("cost", f"{number(sum(costs))} {head.currency or ''}".strip() if costs else None),
+        ("prices of an hour of a trial", head.prices),
         ("machine", head.machine or None),
     ]
     return [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in said if value is not None]

@@ -28,6 +28,7 @@ from ssl_ray.study.schema import (
     Planned,
     State,
     Status,
+    costs,
     damaged,
     json_object,
     read_as,
@@ -162,20 +163,20 @@ def summarise(study: Study) -> dict[str, Any]:
     open_trials = [trial.name for trial in study.trials if trial.state.status not in ENDED]
     if open_trials:
         raise ValueError(f"{len(open_trials)} trials have not ended, the first is {open_trials[0]}")
-    costs = [trial.state.cost for trial in study.trials if trial.state.cost is not None]
+    seconds = sum(trial.state.seconds for trial in study.trials)
     real = {
         "trials": len(study.trials),
         "steps": sum(int(trial.curve.step[-1]) for trial in study.trials if len(trial.curve.step)),
-        "minutes": sum(trial.state.seconds for trial in study.trials) / 60,
-        "cost": sum(costs) if costs else None,
+        "minutes": seconds / 60,
+        "cost": costs(study.head, seconds),
     }
     return {"predicted": study.head.predicted, "real": real, "counts": counts(study, now=0)}
 
 
 def write_summary(uri: str, study: Study) -> dict[str, Any]:
     """Writes summary.json and returns what it says. Raises ValueError if a trial has not ended."""
-    summary = summarise(study)
-    runs.write_json(storage.join(uri, "summary.json"), {"format_version": FORMAT_VERSION} | summary)
+    summary = {"format_version": FORMAT_VERSION} | summarise(study)
+    runs.write_json(storage.join(uri, "summary.json"), summary)
     return summary
 
 

@@ -8,22 +8,24 @@ import contextlib
 import dataclasses
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
-from ssl_ray import config, storage
+from ssl_ray import storage
 from ssl_ray.config import Config
 from ssl_ray.errors import SslRayError, Stopped, UsageError
 from ssl_ray.study import schema
+from ssl_ray.study.prepare import plan_trial, steps_of
 from ssl_ray.study.results import Study, read_study, write_summary
+from ssl_ray.study.results import Trial as Read
 from ssl_ray.study.schema import Head, Planned, State, trial_uri
-from ssl_ray.study.spec import Spec, budgeted, cells, configured, trial_name
+from ssl_ray.study.search import Proposals
+from ssl_ray.study.spec import configured
 from ssl_ray.train import cluster, lease, pretrain
-from ssl_ray.train.forecast import forecast
 from ssl_ray.train.runs import ask_to_stop as ask_run_to_stop
 from ssl_ray.train.runs import read_json
+from ssl_ray.train.trackers import Trackers, tracked
 
 HEARTBEAT_S = 5.0
 WAITS_CPUS = 0.01
@@ -31,89 +33,11 @@ WAITS_CPUS = 0.01
 RESTARTS = 3
 """So often a trial whose process or machine dies is started again; `study resume` tries anew."""
 ERROR_LINES = 12
-PROBE_STEPS = 3
-START_S = 8.0
-"""Of a trial, for the start of its process and its last read-outs; of small ones the larger part."""
-_MODES = {"linear_accuracy": "max", "knn_accuracy": "max", "alpha": "near", "rankme": "max"}
-ALPHA_TARGET = 1.0
-"""Of a good representation (alpha-ReQ)."""
 SCORE = "score"
 """What Tune's scheduler is told of a read-out: larger is better."""
 
 Progress = Callable[[str, dict[str, Any]], None]
 """Called with `stage` {text}, `trial` {name, status, ...}."""
-
-
-# What there is to do -------------------------------------------------------------------------------------------------
-
-
-def prepare(uri: str, spec: Spec, base: Config, *, progress: Progress) -> Head:
-    """study.json of a new study, after a short probe of how long its trials take; a study of the same text is taken as it is.
-
-    Raises UsageError if another study is at `uri`, or settings make no configuration.
-    """
-    digest = config.canonical_hash(dataclasses.asdict(spec) | {"base": config.identity(base)})
-    if storage.exists(storage.join(uri, "study.json")):
-        head = schema.read_head(uri)
-        if head.hash != digest:
-            raise UsageError(f"{uri} holds another study, {head.name}. Use another URI, or `ssl-ray study resume {uri}`.")
-        return head
-    nested = config.to_dict(base)
-    settings = [(each, seed) for each in cells(spec) for seed in spec.seeds]
-    made = [configured(nested, each, seed=seed, source=spec.name) for each, seed in settings]  # before the probe takes time
-    rates = _probed(made, progress=progress)
-    planned, seconds = [], 0.0
-    for number, ((each, seed), one) in enumerate(zip(settings, made, strict=True)):
-        step_s, steps = rates[_shape(one)]
-        if spec.budget is not None:
-            views, minutes = spec.budget.get("views"), spec.budget.get("minutes")
-            per_step = one.train.batch * one.views.count
-            steps = max(1, round(views / per_step if views is not None else 60 * (minutes or 0) / step_s))
-        own = budgeted(each, steps=steps, readouts=spec.readouts)
-        identity = config.identity(configured(nested, own, seed=seed, source=spec.name))
-        name = trial_name(number, each, seed)
-        planned.append(Planned(name=name, settings=own, seed=seed, hash=config.canonical_hash(identity)))
-        seconds += steps * step_s + START_S
-    price = spec.price_per_hour
-    predicted = {"trials": len(planned), "steps": sum(trial.settings["train.steps"] for trial in planned)}
-    predicted |= {"minutes": seconds / 60, "cost": None if price is None else price * seconds / 3600}
-    head = Head(
-        name=spec.name,
-        hash=digest,
-        created=time.time(),
-        objective=spec.objective,
-        mode=_MODES[spec.objective],  # type: ignore[arg-type]
-        target=ALPHA_TARGET if spec.objective == "alpha" else None,
-        base=nested,
-        swept=tuple(dict.fromkeys(key for each, _ in settings for key in each)),
-        seeds=tuple(spec.seeds),
-        trials=tuple(planned),
-        budget=None if spec.budget is None else {str(key): value for key, value in spec.budget.items()},
-        asha=None if spec.asha is None else dataclasses.asdict(spec.asha),
-        target_accuracy=spec.target_accuracy,
-        price_per_hour=price,
-        currency=spec.currency,
-        predicted=predicted,
-        machine={"cores": os.cpu_count(), "cpu": platform.machine(), "python": platform.python_version()},
-    )
-    schema.write_study(uri, head)
-    return head
-
-
-def _shape(made: Config) -> tuple:
-    """What decides how long a step takes."""
-    return made.views, made.model, made.train.batch, made.train.bf16, made.train.threads, made.train.workers, made.data.fraction
-
-
-def _probed(made: list[Config], *, progress: Progress) -> dict[tuple, tuple[float, int]]:
-    """Seconds of a step, and the steps that its configuration says, of each shape."""
-    found: dict[tuple, tuple[float, int]] = {}
-    for one in made:
-        if _shape(one) not in found:
-            progress("stage", {"text": f"probing: m={one.views.count}, d={one.model.projector_dim}, batch {one.train.batch}"})
-            seen = forecast(one, probe_steps=PROBE_STEPS, images_per_s=None, progress=lambda kind, value: None)
-            found[_shape(one)] = seen["estimated_s"] / seen["steps"], seen["steps"]
-    return found
 
 
 # A trial, in a process of Tune's --------------------------------------------------------------------------------------
@@ -137,13 +61,15 @@ def run_trial(given: dict[str, Any]) -> None:
     views = made.train.batch * made.views.count
 
     def progress(kind: str, value: dict[str, Any]) -> None:
-        if kind == "evaluation" and value["step"]:
+        # Not of the last: who has had its whole budget is not ended early.
+        if kind == "evaluation" and value["step"] and value["step"] < planned.settings["train.steps"]:
             tune.report({SCORE: score(head, value), "views": value["step"] * views})
 
     try:
         if asked_to_stop(given["study"], planned.name):
             raise Stopped("stopped before it began.")
-        pretrain.pretrain(made, resume="auto", leased=True, progress=progress, share=given["share"])
+        with tracked(progress, Trackers(**given["trackers"])) as tracking:
+            pretrain.pretrain(made, resume="auto", leased=True, progress=tracking, share=given["share"])
     except SslRayError as error:
         tune.report({"stopped" if isinstance(error, Stopped) else "error": str(error)})
 
@@ -173,9 +99,63 @@ def score(head: Head, evaluation: dict[str, Any]) -> float:
 # The trials together --------------------------------------------------------------------------------------------------
 
 
-def run(uri: str, *, progress: Progress) -> Study:
+class Trials:
+    """The trials of a study, how far each is, and which is next: those that were planned, then what a search proposes."""
+
+    def __init__(self, uri: str, study: Study):
+        self.uri, self.head = uri, study.head
+        self.states = {trial.name: trial.state for trial in study.trials}
+        self.todo = [name for name, state in self.states.items() if state.status not in ("complete", "stopped")]
+        self.reached = {trial.name: _reached(study.head, trial) for trial in study.trials if trial.name not in self.todo}
+        """Views seen and score of each read-out of trained weights."""
+        self.total = len(self.states)
+        self._proposals: Proposals | None = None
+        if self.head.search is not None:
+            self._proposals = Proposals(self.head)
+            self.total = self.head.search["draws"] * len(self.head.seeds)
+
+    @property
+    def open(self) -> bool:
+        """Whether there is anything to do yet."""
+        return len(self.states) < self.total or any(state.status not in schema.ENDED for state in self.states.values())
+
+    def next(self) -> str | None:
+        """The name of a trial to run; None: there is none."""
+        if not self.todo and self._proposals is not None and len(self.states) < self.total:
+            settings = self._proposals.cell(self.head.trials, self.states, self.reached)
+            if settings is None:
+                self.total = len(self.states)
+            else:
+                self._plan(settings)
+        return self.todo.pop(0) if self.todo else None
+
+    def _plan(self, settings: dict[str, Any]) -> None:
+        """Adds a trial for each seed to study.json."""
+        head = self.head
+        assert head.search is not None
+        assert head.budget is not None
+        made = configured(head.base, settings, seed=head.seeds[0], source=head.name)
+        steps, first = steps_of(made, views=head.budget["views"]), len(head.trials)
+        planned = [
+            plan_trial(first + i, settings, seed, head.base, steps=steps, readouts=head.search["readouts"], source=head.name)
+            for i, seed in enumerate(head.seeds)
+        ]
+        self.head = dataclasses.replace(head, trials=(*head.trials, *planned))
+        schema.write_study(self.uri, self.head)
+        self.states |= {trial.name: State() for trial in planned}
+        self.todo += [trial.name for trial in planned]
+
+
+def _reached(head: Head, trial: Read) -> list[tuple[float, float]]:
+    values = getattr(trial.readouts, head.objective)
+    rows = zip(trial.readouts.step, trial.readouts.views, values, strict=True)
+    return [(float(views), score(head, {head.objective: float(value)})) for step, views, value in rows if step]
+
+
+def run(uri: str, *, begin: Callable[[], Head] | None = None, progress: Progress, trackers: Trackers) -> Study:
     """Runs all trials of the study at `uri` that have not ended, failed ones anew; returns what came of it.
 
+    begin: makes study.json if it is not there.
     Raises Stopped on SIGINT or SIGTERM, or where `study stop` asked for it; ResourceError where a trial cannot run here.
     """
     with pretrain.signals() as asked:
@@ -184,19 +164,20 @@ def run(uri: str, *, progress: Progress) -> Study:
             asked.stop_here("while it was seen whether another driver runs this study")
             progress("stage", {"text": text})
 
+        if begin is not None and storage.is_local(uri):
+            os.makedirs(storage.absolute(uri), exist_ok=True)
         with lease.held(uri, wait=wait):
             storage.remove(storage.join(uri, "stop"))
-            head = schema.read_head(uri)
+            head = schema.read_head(uri) if begin is None else begin()
+            progress("study", {"study": uri, "currency": head.currency} | (head.predicted or {}))
             study = read_study(uri)
-            todo = [trial for trial in study.trials if trial.state.status not in ("complete", "stopped")]
-            if todo:
-                keeper = Keeper(uri, head, {trial.name: trial.state for trial in study.trials}, asked, progress)
-                _tune(uri, head, study, [trial.name for trial in todo], keeper, asked=asked, progress=progress)
-            study = read_study(uri)
-            if all(trial.state.status in schema.ENDED for trial in study.trials):
-                write_summary(uri, study)
-                return read_study(uri)
-            raise Stopped("stopped; `ssl-ray study resume` continues with what is missing.")
+            trials = Trials(uri, study)
+            if trials.todo or trials.open:
+                _tune(trials, Keeper(trials, asked, progress), asked=asked, progress=progress, trackers=trackers)
+                study = read_study(uri)
+            if trials.open:
+                raise Stopped("stopped; `ssl-ray study resume` continues with what is missing.")
+            return dataclasses.replace(study, summary=write_summary(uri, study))
 
 
 def alone(made: Config) -> bool:
@@ -215,10 +196,10 @@ def concurrency(available: dict[str, float], configs: list[Config]) -> int:
     return max(1, int(there / needs))
 
 
-def _tune(uri: str, head: Head, study: Study, names: list[str], keeper: "Keeper", *, asked: Any, progress: Progress) -> None:
-    configs = [
-        configured(head.base, trial.settings, seed=trial.seed, source=head.name) for trial in head.trials if trial.name in names
-    ]
+def _tune(trials: Trials, keeper: "Keeper", *, asked: Any, progress: Progress, trackers: Trackers) -> None:
+    head = trials.head
+    todo = [(trial.settings, trial.seed) for trial in head.trials if trial.name in trials.todo] or [({}, head.seeds[0])]
+    configs = [configured(head.base, settings, seed=seed, source=head.name) for settings, seed in todo]
 
     def listen() -> None:
         asked.listen()
@@ -234,14 +215,18 @@ def _tune(uri: str, head: Head, study: Study, names: list[str], keeper: "Keeper"
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         at_a_time = concurrency(session.available, configs)
-        progress("stage", {"text": f"{len(names)} trials to run, {at_a_time} at a time"})
+        progress("stage", {"text": f"{len(trials.todo) or trials.total} trials to run, {at_a_time} at a time"})
         cpus = max(min(made.train.threads, session.available["CPU"]) if alone(made) else WAITS_CPUS for made in configs)
-        trainable = tune.with_resources(run_trial, {"CPU": cpus})
+        given = {"study": trials.uri, "trackers": dataclasses.asdict(trackers), "share": (1 - at_a_time * WAITS_CPUS) / at_a_time}
         tuner = tune.Tuner(
-            trainable,
-            param_space={"study": uri, "share": (1 - at_a_time * WAITS_CPUS) / at_a_time, "trial": tune.grid_search(names)},
+            tune.with_resources(run_trial, {"CPU": cpus}),
+            param_space=given,
             tune_config=tune.TuneConfig(
-                scheduler=_scheduler(head, study), max_concurrent_trials=at_a_time, reuse_actors=False, num_samples=1
+                search_alg=_in_turn(trials),
+                scheduler=_scheduler(trials),
+                max_concurrent_trials=at_a_time,
+                num_samples=-1,
+                reuse_actors=False,
             ),
             run_config=tune.RunConfig(
                 name="study",
@@ -255,31 +240,51 @@ def _tune(uri: str, head: Head, study: Study, names: list[str], keeper: "Keeper"
         session.call(tuner.fit).result()
 
 
-def _scheduler(head: Head, study: Study) -> Any:
+def _in_turn(trials: Trials) -> Any:
+    """Gives Tune one trial after another."""
+    from ray import tune
+
+    class InTurn(tune.search.Searcher):
+        def suggest(self, trial_id: str) -> Any:
+            name = trials.next()
+            return self.FINISHED if name is None else {"trial": name}
+
+        def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+            """The keeper hears of it."""
+
+        def save(self, checkpoint_path: str) -> None:
+            """The study's files are the truth."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Likewise."""
+
+    return InTurn()
+
+
+def _scheduler(trials: Trials) -> Any:
     """ASHA over views seen, which is told what trials reached in earlier goes; or none."""
     from ray import tune
 
+    head = trials.head
     if head.asha is None:
         return tune.schedulers.FIFOScheduler()
-    longest = max(_views(head, trial) for trial in head.trials)
+    whole = {trial.name: _views(head, trial) for trial in head.trials}
+    longest = (head.budget or {}).get("views") or max(whole.values())
     scheduler = tune.schedulers.ASHAScheduler(
         time_attr="views",
         metric=SCORE,
         mode="max",
-        max_t=longest,
+        max_t=int(2 * longest),  # more than any
         grace_period=max(1, int(longest * head.asha["grace"])),
         reduction_factor=head.asha["reduction"],
     )
-    for trial in study.trials:
-        if trial.state.status in ("complete", "stopped"):
-            replay = _Replayed(trial.name)
-            scheduler.on_trial_add(None, replay)  # type: ignore[arg-type]
-            for i, step in enumerate(trial.readouts.step):
-                if step:
-                    value = float(getattr(trial.readouts, head.objective)[i])
-                    result = {SCORE: score(head, {head.objective: value}), "views": int(trial.readouts.views[i])}
-                    result["training_iteration"] = i
-                    scheduler.on_trial_result(None, replay, result)  # type: ignore[arg-type]
+    for name, points in trials.reached.items():
+        replay = _Replayed(name)
+        scheduler.on_trial_add(None, replay)  # type: ignore[arg-type]
+        for i, (views, value) in enumerate(points):
+            if views < whole[name]:  # as `run_trial` has it
+                result = {SCORE: value, "views": views, "training_iteration": i}
+                scheduler.on_trial_result(None, replay, result)  # type: ignore[arg-type]
     return scheduler
 
 
@@ -298,8 +303,8 @@ class _Replayed:
 class Keeper:
     """Writes trial.json of all trials as Tune tells of them, and passes on what `study stop` and signals ask for."""
 
-    def __init__(self, uri: str, head: Head, states: dict[str, State], asked: Any, progress: Progress):
-        self.uri, self.head, self.states, self.asked, self.progress = uri, head, states, asked, progress
+    def __init__(self, trials: Trials, asked: Any, progress: Progress):
+        self.trials, self.uri, self.states, self.asked, self.progress = trials, trials.uri, trials.states, asked, progress
         self.running: dict[str, float] = {}
         """Seconds that the trials that run had taken before, less the time of their start."""
         self.beaten = 0.0
@@ -312,8 +317,8 @@ class Keeper:
         state = dataclasses.replace(self.states[name], **changes)
         if name in self.running:
             seconds = time.monotonic() + self.running[name]
-            price = self.head.price_per_hour
-            cost = None if price is None else price * seconds / 3600
+            costs = schema.costs(self.trials.head, seconds)
+            cost = None if costs is None else next(iter(costs.values()))
             state = dataclasses.replace(state, seconds=seconds, cost=cost, heartbeat=now)
         self.states[name] = state
         schema.write_state(self.uri, name, state)
@@ -321,7 +326,7 @@ class Keeper:
     def _tell(self, name: str, **more: Any) -> None:
         ended = sum(state.status in schema.ENDED for state in self.states.values())
         status = self.states[name].status
-        self.progress("trial", {"name": name, "status": status, "ended": ended, "trials": len(self.states), **more})
+        self.progress("trial", {"name": name, "status": status, "ended": ended, "trials": self.trials.total, **more})
 
     def begins(self, name: str) -> None:
         state = self.states[name]
@@ -367,9 +372,12 @@ class Keeper:
                 keeper.begins(trial.config["trial"])
 
             def on_trial_result(self, iteration, trials, trial, result, **info):
+                name = trial.config["trial"]
+                if SCORE in result:
+                    keeper.trials.reached.setdefault(name, []).append((result["views"], result[SCORE]))
                 for key in ("error", "stopped"):
                     if key in result:
-                        keeper.said[trial.config["trial"]] = {key: result[key]}
+                        keeper.said[name] = {key: result[key]}
 
             def on_trial_complete(self, iteration, trials, trial, **info):
                 keeper.completed(trial.config["trial"])
@@ -390,8 +398,9 @@ class Keeper:
         elif "stopped" in said:
             self.ends(name, "stopped", reason="`ssl-ray study stop` asked for it")
         elif storage.exists(summary := storage.join(trial_uri(self.uri, name), "summary.json")):
-            result = read_json(summary)[self.head.objective]
-            self.ends(name, "complete", objective=self.head.objective, result=result)
+            head, result = self.trials.head, read_json(summary)
+            self.trials.reached.setdefault(name, []).append((result["views"], score(head, result)))
+            self.ends(name, "complete", objective=head.objective, result=result[head.objective])
         else:
             self.ends(name, "stopped", reason="the scheduler ended it: others were better after as many views")
 

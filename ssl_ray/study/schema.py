@@ -66,14 +66,17 @@ class Head:
     """With mode near: what the objective should be, 1 for alpha."""
     budget: dict[str, float] | None = None
     """{"views": n} or {"minutes": x} for each trial; None: as the configuration says."""
+    search: dict[str, Any] | None = None
+    """Where Optuna proposes the trials, of which there are more and more: the `sweep`, `draws` and `readouts` of the study."""
     asha: dict[str, float] | None = None
     """{"grace": part of the budget, "reduction": n} of the scheduler that ends bad trials early; None: all have their budget."""
     target_accuracy: float | None = None
     """0 to 1: that of which the minutes until it was reached are of interest."""
-    price_per_hour: float | None = None
+    prices: dict[str, float] | None = None
+    """Of an hour of a trial, by what it may run on; the first is what the costs of trials are counted with."""
     currency: str | None = None
     predicted: dict[str, Any] | None = None
-    """Before the start: trials, steps, minutes, cost."""
+    """Before the start: trials, steps, minutes, cost (by the names of the prices)."""
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
     ssl_ray: str = __version__
 
@@ -95,6 +98,11 @@ class State:
     """The last lines of why it failed."""
     reason: str | None = None
     """Why it was stopped."""
+
+
+def costs(head: Head, seconds: float) -> dict[str, float] | None:
+    """Of so many seconds of a trial, by the names of the prices."""
+    return None if not head.prices else {name: price * seconds / 3600 for name, price in head.prices.items()}
 
 
 def trial_config(base: dict[str, Any], settings: dict[str, Any], *, seed: int) -> dict[str, Any]:

@@ -9,13 +9,14 @@
       - {views.count: 2, data.fraction: 1.0}
       - {views.count: 4, data.fraction: 0.5}
     draws: 8                              # of each cell, where something is drawn
+    search: optuna                        # proposes what is drawn (pip install 'ssl-ray[optuna]')
     seeds: [0, 1, 2]
     budget: {views: 1.0e+6}               # or {minutes: 5}: of each trial
     readouts: 10                          # of each trial, evenly over its budget
     objective: linear_accuracy            # or knn_accuracy, alpha, rankme
     asha: {grace: 0.1, reduction: 3}      # ends bad trials early, after this part of the budget at the soonest
     target_accuracy: 0.9
-    price_per_hour: 0.4                   # of the machine that a trial has for itself
+    prices: {on-demand: 0.4, spot: 0.13}  # of an hour of what a trial has for itself; the first is counted in costs
     currency: USD
 
 Everything random is a pure function of the study's own text.
@@ -60,8 +61,9 @@ class Spec:
     readouts: int = 10
     objective: Objective = "linear_accuracy"
     asha: Asha | None = None
+    search: Literal["optuna"] | None = None
     target_accuracy: float | None = None
-    price_per_hour: float | None = None
+    prices: dict[str, float] | None = None
     currency: str | None = None
 
 
@@ -106,6 +108,14 @@ def _check(spec: Spec, source: str) -> None:
         if kind in ("uniform", "log_uniform", "int"):
             ok = len(of) == 2 and all(isinstance(value, int | float) for value in of) and of[0] < of[1]
             require(ok and (kind != "log_uniform" or of[0] > 0), f"sweep.{key}.{kind}", of, "two increasing numbers")
+    prices = spec.prices or {}
+    require(all(0 <= price < math.inf for price in prices.values()), "prices", prices, "numbers of 0 or more")
+    if spec.search is not None:
+        drawn = {key for key, how in spec.sweep.items() if next(iter(how)) in DRAWN}
+        require(drawn == set(spec.sweep) and not spec.cells, "search", spec.search, "keys that are drawn: no grid, no cells")
+        require("views" in budget, "search", spec.search, "a budget in views")
+        needs = sorted(drawn & {"train.workers", "train.threads"})
+        require(not needs, "search", ", ".join(needs), "keys that do not change what CPUs a trial needs")
     if spec.asha is not None:
         require(0 < spec.asha.grace < 1, "asha.grace", spec.asha.grace, "a number above 0, below 1")
         require(spec.asha.reduction >= 2, "asha.reduction", spec.asha.reduction, "2 or more")

@@ -308,7 +308,7 @@ def test_hostile_texts_do_no_harm(browser: Any, tmp_path: Path):
 
 def test_a_study_without_trials_and_one_without_results_are_shown(browser: Any, tmp_path: Path):
     schema.write_study(str(tmp_path / "empty"), synthetic.head(0))
-    schema.write_study(str(tmp_path / "queued"), synthetic.head(3, target_accuracy=None, price_per_hour=None))
+    schema.write_study(str(tmp_path / "queued"), synthetic.head(3, target_accuracy=None, prices=None))
     with serving(tmp_path) as address, opened(browser, address) as tab:
         until(tab, "document.querySelectorAll('main tbody tr').length === 2")
         for name in ("empty", "queued"):

@@ -52,7 +52,7 @@ def head(trials: int, *, grid: dict[str, list] | None = None, seeds: tuple[int, 
         "seeds": seeds,
         "trials": planned(trials, grid=grid, seeds=seeds),
         "target_accuracy": 0.8,
-        "price_per_hour": 0.5,
+        "prices": {"on-demand": 0.5},
         "currency": "EUR",
         "machine": {"cpu": "none"},
     }

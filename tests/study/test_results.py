@@ -196,14 +196,14 @@ def test_counts_know_every_trial(tmp_path: Path):
 
 def test_a_summary_has_predicted_and_real(tmp_path: Path):
     uri = str(tmp_path / "study")
-    made = synthetic.head(2, predicted={"trials": 2, "steps": 40, "minutes": 1.0, "cost": 0.1})
+    made = synthetic.head(2, predicted={"trials": 2, "steps": 40, "minutes": 1.0, "cost": {"on-demand": 0.1}})
     schema.write_study(uri, made)
     synthetic.write_trial(uri, made, made.trials[0], points=20, state=complete(seconds=90.0, cost=0.25))
     synthetic.write_trial(uri, made, made.trials[1], points=5, state=State(status="stopped", seconds=30.0, reason="ASHA"))
     results.write_summary(uri, read_study(uri))
     summary = read_study(uri).summary
     assert summary is not None
-    assert summary["real"] == {"trials": 2, "steps": 25, "minutes": 2.0, "cost": 0.25}
+    assert summary["real"] == {"trials": 2, "steps": 25, "minutes": 2.0, "cost": {"on-demand": pytest.approx(1 / 60)}}
     assert summary["predicted"] == made.predicted
     assert summary["counts"] == {"complete": 1, "stopped": 1}
 

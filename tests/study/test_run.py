@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from command import ssl_ray
-from harness import VARYING, records
+from harness import VARYING, finish, records, start, stop, wait_until
+from nodes import several_nodes
 
 from ssl_ray.study.results import Study, read_study
 
@@ -22,7 +24,7 @@ sweep:
   views.count: {grid: [2, 4]}
 budget: {views: 6000}
 readouts: 3
-price_per_hour: 0.6
+prices: {here: 0.6}
 """
 
 
@@ -138,3 +140,148 @@ def test_a_signal_leaves_checkpoints_and_resume_gives_the_same_results(whole: St
     assert {trial.state.status for trial in read_study(str(uri)).trials} <= {"queued", "complete"}
     assert ssl_ray({}, "study", "resume", str(uri), "--json").ok().json["counts"] == {"complete": 4}
     assert comparable(read_study(str(uri))) == comparable(whole)
+
+
+def trial_processes(driver: psutil.Process) -> list[psutil.Process]:
+    return [process for process in driver.children(recursive=True) if process.name().startswith("ray::ImplicitFunc")]
+
+
+def steps_are_stored(uri: Path, number: int) -> bool:
+    """Whether so many trials have a step in their metrics."""
+    return len({path.parent for path in uri.glob("trials/*/metrics/*")}) >= number
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_trial_whose_process_is_killed_goes_on_by_itself_to_the_same_results(whole: Study, tmp_path: Path):
+    uri = tmp_path / "study"
+    driver = start("study", "run", str(tiny(tmp_path)), "-o", str(uri), "--json")
+    assert wait_until(lambda: steps_are_stored(uri, 1), driver, "a step")
+    victims = trial_processes(psutil.Process(driver.pid))
+    assert victims
+    for victim in victims:
+        victim.kill()
+    code, _, err = finish(driver)
+    assert code == 0, err
+    assert comparable(read_study(str(uri))) == comparable(whole)
+    assert sum(trial.state.attempts for trial in read_study(str(uri)).trials) > 4
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_trials_whose_machine_is_gone_go_on_elsewhere_to_the_same_results(whole: Study, tmp_path: Path):
+    uri = tmp_path / "study"
+    with several_nodes({}) as nodes:
+        nodes.add("head", cpus=0)
+        nodes.add("first", cpus=1)
+        nodes.add("second", cpus=1)
+        driver = start("study", "run", str(tiny(tmp_path)), "-o", str(uri), "--json", env=nodes.env)
+        assert wait_until(lambda: steps_are_stored(uri, 2), driver, "a step of two trials")
+        nodes.kill("second")
+        code, _, err = finish(driver)
+    assert code == 0, err
+    assert comparable(read_study(str(uri))) == comparable(whole)
+    assert sum(trial.state.attempts for trial in read_study(str(uri)).trials) > 4
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_one_trial_is_stopped_for_good_and_the_others_end(tmp_path: Path):
+    uri = tmp_path / "study"
+    text = TINY.replace("[16, 32]", "[16]").replace("views: 6000", "views: 1.0e+6")
+    driver = start("study", "run", str(tiny(tmp_path, text.replace("[2, 4]", "[2]"))), "-o", str(uri), "--json")
+    try:
+        assert wait_until(lambda: steps_are_stored(uri, 1), driver, "a step")
+        ssl_ray({}, "study", "stop", str(uri), "no-such").refused(2, "no-such", "0000-d16-m2-s0")
+        ssl_ray({}, "study", "stop", str(uri), "0000-d16-m2-s0").ok()
+        code, out, err = finish(driver)
+    finally:
+        stop(driver)
+    assert code == 0, err
+    assert json.loads(out)["counts"] == {"stopped": 1}
+    (trial,) = read_study(str(uri)).trials
+    assert (trial.state.status, trial.state.reason) == ("stopped", "`ssl-ray study stop` asked for it")
+    steps = [record["step"] for record in records(uri / "trials" / trial.name)]
+    assert steps == list(range(len(steps)))
+    assert ssl_ray({}, "study", "resume", str(uri), "--json").ok().json["counts"] == {"stopped": 1}  # it stays so
+
+
+ASHA = """
+recipe: digits
+keys: {train.workers: 0, evaluate.max_images: 200, checkpoint.every_steps: 4, views.size_px: 8, model.projector_dim: 32}
+sweep:
+  optim.lr: {grid: [0.01, 0.009, 1.0e-9, 1.1e-9, 1.2e-9]}
+budget: {views: 12000}
+readouts: 6
+objective: knn_accuracy
+asha: {grace: 0.3, reduction: 2}
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_asha_ends_bad_trials_early_and_resume_leaves_them_ended(tmp_path: Path):
+    uri = tmp_path / "study"
+    counts = ssl_ray({}, "study", "run", str(tiny(tmp_path, ASHA)), "-o", str(uri), "--json").ok().json["counts"]
+    trials = read_study(str(uri)).trials
+    assert sum(counts.values()) == len(trials) == 5
+    ended = [trial for trial in trials if trial.state.status == "stopped"]
+    assert ended
+    for trial in ended:
+        assert "scheduler" in trial.state.reason
+        assert trial.settings["optim.lr"] < 1e-6
+        assert trial.curve.views[-1] < 12000 - 512
+    for trial in set(trials) - set(ended):
+        assert trial.state.status == "complete"
+        assert trial.curve.views[-1] == pytest.approx(12000, abs=512)
+    before = {path: path.stat().st_mtime_ns for path in uri.glob("trials/*/trial.json")}
+    assert ssl_ray({}, "study", "resume", str(uri), "--json").ok().json["counts"] == counts
+    assert {path: path.stat().st_mtime_ns for path in uri.glob("trials/*/trial.json")} == before
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_budget_of_minutes_becomes_steps_before_the_start(tmp_path: Path):
+    uri = tmp_path / "study"
+    text = TINY.replace("views: 6000", "minutes: 0.05").replace("[16, 32]", "[16]")
+    summary = ssl_ray({}, "study", "run", str(tiny(tmp_path, text)), "-o", str(uri), "--json").ok().json
+    study = read_study(str(uri))
+    assert summary["counts"] == {"complete": 2}
+    assert summary["real"]["steps"] == summary["predicted"]["steps"] > 2
+    # Each trial has its three seconds of steps, as far as whole steps give them, and some for its start.
+    assert 0.1 < summary["predicted"]["minutes"] < 1
+    assert all(len(trial.readouts.step) >= 2 for trial in study.trials)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_trials_of_several_workers_train_through_ray_train(tmp_path: Path):
+    uri = tmp_path / "study"
+    text = TINY.replace("train.workers: 0", "train.workers: 2").replace("[16, 32]", "[16]")
+    assert ssl_ray({}, "study", "run", str(tiny(tmp_path, text)), "-o", str(uri), "--json").ok().json["counts"] == {"complete": 2}
+    for trial in read_study(str(uri)).trials:
+        assert trial.curve.views[-1] == pytest.approx(6000, abs=128 * trial.m)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_optuna_proposes_trials_and_a_study_that_was_killed_goes_on(tmp_path: Path):
+    uri = tmp_path / "study"
+    sweep = "sweep:\n  optim.lr: {log_uniform: [1.0e-4, 1.0e-1]}\n  views.count: {choice: [2, 4]}\ndraws: 5\nsearch: optuna\n"
+    text = TINY.partition("sweep:")[0] + sweep + TINY[TINY.index("budget:") :]
+    driver = start("study", "run", str(tiny(tmp_path, text)), "-o", str(uri), "--json")
+    assert wait_until(
+        lambda: any('"complete"' in path.read_text() for path in uri.glob("trials/*/trial.json")), driver, "a trial"
+    )
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    time.sleep(5)  # Ray's workers notice
+    before = {trial.name: trial.settings for trial in read_study(str(uri)).trials}
+    assert 0 < len(before) < 5
+    assert ssl_ray({}, "study", "resume", str(uri), "--json").ok().json["counts"] == {"complete": 5}
+    study = read_study(str(uri))
+    assert {trial.name: trial.settings for trial in study.trials}.items() >= before.items()
+    assert len({json.dumps(trial.settings) for trial in study.trials}) == 5
+    for trial in study.trials:
+        assert 1e-4 <= trial.settings["optim.lr"] <= 1e-1
+        assert trial.m in (2, 4)

@@ -80,6 +80,11 @@ def test_more_draws_keep_those_that_were_there():
         ({"objective": "f1"}, "mine.yaml"),
         ({"asha": {"grace": 2}}, "asha.grace"),
         ({"cells": [{"model.projector_dim": 4}]}, "other keys than those of sweep"),
+        ({"search": "tpe"}, "mine.yaml"),
+        ({"search": "optuna", "budget": {"views": 1e5}}, "keys that are drawn"),
+        ({"search": "optuna", "sweep": {"optim.lr": {"uniform": [0, 1]}}, "budget": {"minutes": 5}}, "a budget in views"),
+        ({"search": "optuna", "sweep": {"train.threads": {"int": [1, 2]}}, "budget": {"views": 1e5}}, "train.threads"),
+        ({"prices": {"spot": -1}}, "prices"),
     ],
 )
 def test_what_makes_no_study_is_refused_by_name(values, part):
