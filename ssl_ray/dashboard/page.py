@@ -27,7 +27,7 @@ from ssl_ray.study.results import Study, Trial, shown_status
 HERE = Path(__file__).parent
 PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 STYLE = "page.css"
-SCRIPTS = ("filter.js", "table.js", "page.js")
+SCRIPTS = ("filter.js", "table.js", "chosen.js", "plots.js", "tabs.js", "page.js")
 POLL_S = 5.0
 ERROR_CHARACTERS = 4000
 """Of an error, its end."""

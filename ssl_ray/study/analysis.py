@@ -57,8 +57,18 @@ def _t_half_width(std_error: float, freedom: int, confidence: float) -> float:
     return float(stdtrit(freedom, (1 + confidence) / 2) * std_error) if freedom >= 1 else math.nan
 
 
-def mean_interval(values: np.ndarray | Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
-    """Mean of the values that are there with Student's t interval; one value has a mean without bounds."""
+def possible(objective: str) -> tuple[float, float]:
+    """The least and the largest that it can be."""
+    return (0.0, 1.0) if objective.endswith("accuracy") else (-math.inf, math.inf)
+
+
+def mean_interval(
+    values: np.ndarray | Sequence[float], *, confidence: float = CONFIDENCE, within: tuple[float, float] = (-math.inf, math.inf)
+) -> Interval:
+    """Mean of the values that are there with Student's t interval, as far as it is `within` what they can be.
+
+    One value has a mean without bounds.
+    """
     there = np.asarray(values, dtype=np.float64)
     there = there[np.isfinite(there)]
     if not len(there):
@@ -66,7 +76,7 @@ def mean_interval(values: np.ndarray | Sequence[float], *, confidence: float = C
     mean = float(there.mean())
     error = float(there.std(ddof=1)) / math.sqrt(len(there)) if len(there) > 1 else math.nan
     half = _t_half_width(error, len(there) - 1, confidence)
-    return Interval(mean, mean - half, mean + half, len(there))
+    return Interval(mean, max(mean - half, within[0]), min(mean + half, within[1]), len(there))
 
 
 def bootstrap_interval(

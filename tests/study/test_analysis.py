@@ -55,6 +55,8 @@ def test_the_interval_of_a_mean_is_students(confidence: float):
 
 
 def test_a_mean_of_one_seed_has_no_bounds_and_of_none_is_nan():
+    cut = mean_interval([0.99, 0.97], within=(0, 1))  # 0.98 +- 12.7 x 0.01
+    assert (cut.low, cut.mean, cut.high) == (pytest.approx(0.98 - 0.127062), pytest.approx(0.98), 1.0)
     one = mean_interval([NAN, 0.8])
     assert (one.mean, one.n) == (0.8, 1)
     assert math.isnan(one.low)
