@@ -327,20 +327,17 @@ def _dashboard_extra() -> Iterator[None]:
 
 def _dashboard(options: argparse.Namespace) -> Result:
     with _dashboard_extra():
-        from ssl_ray.dashboard import server
-    demo = Path(__file__).parent / "dashboard" / "demo"
-    if options.demo and not demo.is_dir():
-        raise UsageError(f"--demo: its data are not part of this installation ({demo}).\nGive the URI of a study instead.")
+        from ssl_ray.dashboard import demo, server
     if options.demo == (options.uri is not None):
-        raise UsageError("give either the URI of studies or --demo.\nFor example: ssl-ray dashboard runs/studies")
+        raise UsageError("give either the URI of studies or --demo.\nFor example: ssl-ray dashboard studies")
     token = None if options.token_file is None else _read_token(options.token_file)
 
     def ready(address: str) -> None:
         print(f"{address}{'' if token is None else '?token=TOKEN'}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
 
-    uri = str(demo) if options.demo else options.uri
-    server.serve(uri, host=options.host, port=options.port, token=token, ready=ready)
-    return {"served": uri}, console.record
+    with demo.opened() if options.demo else contextlib.nullcontext(options.uri) as uri:
+        server.serve(uri, host=options.host, port=options.port, token=token, ready=ready)
+    return {"served": "the demo" if options.demo else uri}, console.record
 
 
 def _read_token(file: str) -> str:

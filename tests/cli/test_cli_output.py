@@ -13,9 +13,11 @@ from ssl_ray.cli import RECIPES, recipe_names
 
 ROOT = Path(__file__).parents[2]
 
+TRACKERS = {"--tensorboard", "--wandb", "--mlflow"}
+
 # The surface: a verb or an option more is a decision, and needs its line here.
 OPTIONS = {
-    "pretrain": {"--json", "--resume", "--no-lease", "--config"},
+    "pretrain": {"--json", "--resume", "--no-lease", "--config"} | TRACKERS,
     "evaluate": {"--json", "--step", "--untrained"},
     "plan": {"--json", "--config", "--no-probe", "--images", "--shards", "--mean-bytes", "--images-per-s"},
     "profile": {"--json", "--steps"},
@@ -30,8 +32,8 @@ OPTIONS = {
     "runs list": {"--json"},
     "doctor": {"--json"},
     "dashboard": {"--json", "--port", "--host", "--token-file", "--demo"},
-    "study run": {"--json", "--output", "--small"},
-    "study resume": {"--json"},
+    "study run": {"--json", "--output", "--small"} | TRACKERS,
+    "study resume": {"--json"} | TRACKERS,
     "study status": {"--json"},
     "study stop": {"--json"},
     "study list": {"--json"},
