@@ -52,8 +52,13 @@ def run(*arguments: str, env: dict[str, str] | None = None, timeout_s: float = 4
 
 
 def records(uri: Path) -> list[dict]:
-    lines = [line for path in sorted((uri / "metrics").glob("*.jsonl")) for line in path.read_text().splitlines()]
-    return [json.loads(line) for line in lines]
+    """As docs/formats.md has it: where a start of the workers began, what earlier ones wrote ends."""
+    segments = sorted((*map(int, path.stem.split("-")), path) for path in (uri / "metrics").glob("*.jsonl"))
+    found = []
+    for _, number, path in segments:
+        stop = min((first for first, other, _ in segments if other > number), default=float("inf"))
+        found += [record for record in map(json.loads, path.read_text().splitlines()) if record["step"] < stop]
+    return found
 
 
 def newest_step(uri: Path) -> int:
