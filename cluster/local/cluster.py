@@ -1,0 +1,317 @@
+"""A Ray cluster on this machine that grows and shrinks as one in a cloud does: python cluster/local/cluster.py up|down|status
+
+Its hosts are processes of this machine, each a node to Ray with a share of CPUs that is only a number: a head without work, and up
+to --max hosts of each kind, `ssl-ray/role: data` and `ssl-ray/role: train`, which Ray's autoscaler starts when work waits for them
+and ends when they were idle for a while. All that it listens with is on loopback, but for what Ray binds to all interfaces whatever
+it is asked (see LISTENS); every connection needs the token.
+
+A keeper holds them: it adopts what they start, writes down each process with the time of its start, and ends them all when it is
+told to, or when the head ends. What `down` ends is in those notes, and nothing else.
+
+Needs ray[default] (pip install 'ssl-ray[cluster]') and Linux. The autoscaler is Ray's own, version 2, as in a cloud; only what
+starts and ends hosts is not (loopback_hosts.py).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import loopback_hosts
+import psutil
+
+from ssl_ray.train.cluster import PROMPT
+
+FOLDER = Path(f"/tmp/ssl-ray-local-{os.getuid()}")
+"""Ray makes sockets below it, whose paths may have 107 characters."""
+ROLES = ("data", "train")
+HEAD_ID = "f" * 51 + "00000"
+"""The provider counts its nodes on from this."""
+STORE_BYTES = 300_000_000
+"""Of the object store of each host; all of them are in this machine's memory."""
+PORTS = ("gcs", "dashboard", "agent", "agent_grpc", "runtime_env", "metrics", "client", "node_manager", "object_manager")
+"""Each is a free one, so that two of these clusters can run on one machine."""
+START_S = 90.0
+END_S = 30.0
+LOOK_S = 0.5
+"""Seconds between two looks at which processes there are."""
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def autoscaling(gcs: str, *, most: int, cpus: int, idle_s: float) -> dict[str, Any]:
+    """What the autoscaler reads. The node types have the labels of cluster/aws.yaml; most: hosts of each role."""
+    hosts = {
+        role: {
+            "resources": {"CPU": cpus, "object_store_memory": STORE_BYTES},
+            "labels": {"ssl-ray/role": role},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": most,
+        }
+        for role in ROLES
+    }
+    # The name of the head's type is that which the provider gives it.
+    head = {"resources": {"CPU": 0}, "labels": {"ssl-ray/role": "head"}, "node_config": {}, "max_workers": 0}
+    nothing = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "cluster_synced_files")
+    nothing += ("head_start_ray_commands", "worker_start_ray_commands", "rsync_exclude", "rsync_filter")
+    return {
+        "cluster_name": "local",
+        "max_workers": most * len(ROLES),
+        "idle_timeout_minutes": idle_s / 60,
+        "upscaling_speed": 1.0,
+        "provider": {
+            "type": "external",
+            "module": f"{loopback_hosts.__name__}.{loopback_hosts.LoopbackHosts.__name__}",
+            "gcs_address": gcs,
+            "head_node_id": HEAD_ID,
+            "launch_multiple": True,
+        },
+        "available_node_types": {"ray.head.default": head, **hosts},
+        "head_node_type": "ray.head.default",
+        "file_mounts_sync_continuously": False,
+        **{name: [] for name in nothing},
+        **{name: {} for name in ("auth", "docker", "file_mounts", "head_node", "worker_nodes")},
+    }
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of the head, which all processes inherit."""
+    return PROMPT | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        "RAY_NODE_TYPE_NAME": "ray.head.default",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
+    }
+
+
+# What runs ------------------------------------------------------------------------------------------------------------
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    """Of a cluster that was started in this folder, {} if none was."""
+    try:
+        return json.loads((folder / "started.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def _note(folder: Path, notes: dict[str, Any]) -> None:
+    new = folder / "started.json.new"
+    new.write_text(json.dumps(notes, indent=1))
+    new.rename(folder / "started.json")
+
+
+def _name(process: psutil.Process) -> list[Any]:
+    """What a process is known by: a number is given again, but not with the same time of the start."""
+    return [process.pid, process.create_time()]
+
+
+def _alive(names: list[list[Any]]) -> list[psutil.Process]:
+    """Those of the processes that are still there."""
+    found = []
+    for pid, started in names:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # psutil compares the time of the start before it signals
+            process.kill()
+
+
+def keep(folder: Path) -> None:
+    """Runs the head and waits until it ends, or until SIGTERM; then ends all that it and its hosts have started."""
+    told: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: told.append(number))
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parent becomes a child of this process
+    me = psutil.Process()
+    notes = _notes(folder) | {"keeper": [_name(me)]}
+    _note(folder, notes)
+    with (folder / "head.log").open("a") as log:
+        head = subprocess.Popen(notes["command"], env=os.environ | environment(folder), stdout=log, stderr=log)
+
+    def family() -> list[list[Any]]:
+        found = []
+        for child in me.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(_name(child))
+        return found
+
+    while not told and head.poll() is None:
+        before, notes["processes"] = notes.get("processes"), family()
+        if notes["processes"] != before:
+            _note(folder, notes)
+        _bury(but=head.pid)
+        time.sleep(LOOK_S)
+    end = time.monotonic() + END_S
+    while (names := family()) and time.monotonic() < end:  # those that start meanwhile too
+        _kill(_alive(names))
+        head.poll()
+        _bury(but=head.pid)
+        time.sleep(0.05)
+
+
+def _bury(*, but: int) -> None:
+    """Takes notice of the ends of adopted processes."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
+            if child.pid != but and child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, os.WNOHANG)
+
+
+# What is typed --------------------------------------------------------------------------------------------------------
+
+
+def up(folder: Path, *, most: int, cpus: int, idle_s: float) -> None:
+    if _alive(_notes(folder).get("keeper", [])):
+        raise SystemExit(f"A cluster runs in {folder} already. End it first: {_typed('down', folder)}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)  # fails if another user has made it
+    token = folder / "token"
+    with open(token, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        file.write(secrets.token_hex(32))
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    gcs, url = f"{loopback_hosts.address(0)}:{ports['gcs']}", f"http://127.0.0.1:{ports['dashboard']}"
+    (folder / "autoscaling.json").write_text(json.dumps(autoscaling(gcs, most=most, cpus=cpus, idle_s=idle_s), indent=1))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--node-ip-address={loopback_hosts.address(0)}", f"--port={ports['gcs']}", f"--temp-dir={folder / 'ray'}", "--num-cpus=0"]
+    command += [f"--autoscaling-config={folder / 'autoscaling.json'}", "--labels=ssl-ray/role=head"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={ports['dashboard']}"]
+    command += [f"--dashboard-agent-listen-port={ports['agent']}", f"--dashboard-agent-grpc-port={ports['agent_grpc']}"]
+    command += [f"--runtime-env-agent-port={ports['runtime_env']}", f"--metrics-export-port={ports['metrics']}"]
+    command += [f"--ray-client-server-port={ports['client']}", f"--node-manager-port={ports['node_manager']}"]
+    command += [f"--object-manager-port={ports['object_manager']}", "--min-worker-port=0", "--max-worker-port=0"]
+    command += [f"--object-store-memory={STORE_BYTES}"]
+    notes = {"command": command, "address": url, "gcs": gcs, "ports": ports}
+    _note(folder, notes)
+    with (folder / "keeper.log").open("w") as log:
+        keeper = subprocess.Popen(
+            [sys.executable, __file__, "keep", "--folder", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    end = time.monotonic() + START_S
+    while not _answers(url, token.read_text()):
+        if keeper.poll() is not None or time.monotonic() > end:
+            down(folder, quiet=True)
+            raise SystemExit(f"The head did not start, see {folder}/head.log and {folder}/ray/session_latest/logs.")
+        time.sleep(0.2)
+    print(
+        f"A head is up, and up to {most} hosts of each kind ({', '.join(ROLES)}) with {cpus} CPUs come when there is work.\n"
+        f"  address     {url}\n"
+        f"  token file  {token}\n"
+        "Next:\n"
+        f"  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token}\n"
+        f"  ssl-ray submit pretrain train.label=ssl-ray/role=train data.label=ssl-ray/role=data --address {url}\n"
+        f"  {_typed('status', folder)}\n"
+        f"  {_typed('down', folder)}"
+    )
+
+
+def _typed(verb: str, folder: Path) -> str:
+    where = "" if folder == FOLDER else f" --folder {folder}"
+    return f"python {os.path.relpath(__file__)} {verb}{where}"
+
+
+def _answers(url: str, token: str) -> bool:
+    """Whether jobs can be submitted, which is the last that comes up."""
+    import urllib.request
+
+    request = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def down(folder: Path, *, quiet: bool = False) -> None:
+    notes = _notes(folder)
+    if not notes and not quiet:
+        raise SystemExit(f"No cluster was started in {folder}.")
+    for keeper in _alive(notes.get("keeper", [])):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            keeper.terminate()
+        psutil.wait_procs([keeper], timeout=END_S + 5)
+    left = _alive([*notes.get("keeper", []), *_notes(folder).get("processes", [])])  # where the keeper was killed
+    _kill(left)
+    psutil.wait_procs(left, timeout=5)
+    left = _alive(_notes(folder).get("processes", []))
+    if left:
+        raise SystemExit(f"These do not end: {', '.join(str(process.pid) for process in left)}.")
+    if not quiet:
+        (folder / "started.json").unlink(missing_ok=True)
+        print(f"Ended. Logs are in {folder}/ray/session_latest/logs until the next start.")
+
+
+def status(folder: Path) -> None:
+    notes = _notes(folder)
+    if not _alive(notes.get("keeper", [])):
+        raise SystemExit(f"No cluster runs in {folder}.")
+    os.environ |= environment(folder) | {"RAY_ADDRESS": notes["gcs"]}
+    import ray
+
+    ray.init(log_to_driver=False, logging_level="ERROR")
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    running = len(_alive(notes["processes"]))
+    print(f"{notes['address']}: {len(nodes)} nodes, {running} processes, token in {folder}/token")
+    for node in nodes:
+        print(f"  {node['Labels'].get('ssl-ray/role')}: {node['Resources'].get('CPU', 0):g} CPUs, {node['NodeID'][-8:]}")
+    ray.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("verb", choices=["up", "down", "status", "keep"], metavar="up|down|status")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of the cluster; default {FOLDER}")
+    parser.add_argument("--max", type=int, default=2, help="hosts of each kind; default 2")
+    parser.add_argument("--cpus", type=int, default=2, help="of each host, in Ray's books; default 2")
+    parser.add_argument("--idle-s", type=float, default=30.0, help="seconds after which an idle host ends; default 30")
+    given = parser.parse_args()
+    folder = given.folder.absolute()
+    match given.verb:
+        case "up":
+            up(folder, most=given.max, cpus=given.cpus, idle_s=given.idle_s)
+        case "down":
+            down(folder)
+        case "status":
+            status(folder)
+        case "keep":
+            keep(folder)
+
+
+if __name__ == "__main__":
+    main()
