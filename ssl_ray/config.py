@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import types
 import typing
 from types import NoneType
@@ -38,6 +39,12 @@ def _check_range(key: str, value: tuple[float, float], low: float, high: float) 
     _check(ok, key, list(value), f"two increasing numbers above {low:g}" + (f", up to {high:g}" * math.isfinite(high)))
 
 
+def _check_label(key: str, value: str | None) -> None:
+    part = r"[A-Za-z0-9]([-\w.]*[A-Za-z0-9])?"
+    ok = value is None or re.fullmatch(rf"({part}/)?{part}={part}", value, re.ASCII) is not None
+    _check(ok, key, value, "KEY=VALUE, as ssl-ray/role=data, or null")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     uri: str = "digits"
@@ -56,6 +63,8 @@ class Data:
     """Local folder of each machine in which shards of remote storage are kept once read; null: nowhere."""
     cache_bytes: int = 50 * 10**9
     """Bytes that may be kept there, or as many as the disk has; then what was used longest ago goes."""
+    label: str | None = None
+    """Make the views on nodes of the cluster that have this label of Ray's, as `ssl-ray/role=data`; null: on any."""
 
     def __post_init__(self) -> None:
         _check(0 < self.fraction <= 1, "data.fraction", self.fraction, "a number above 0, up to 1")
@@ -63,6 +72,7 @@ class Data:
         _check(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "0 or more")
         _check(self.cache_dir is None or "://" not in self.cache_dir, "data.cache_dir", self.cache_dir, "a local folder, or null")
         _check(self.cache_bytes >= 1, "data.cache_bytes", self.cache_bytes, "1 or more")
+        _check_label("data.label", self.label)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,6 +217,10 @@ class Train:
     """CPU threads of one worker's tensor operations. Recorded: another number changes the order of sums."""
     digest: bool = False
     """Add a digest of the views to each step's record."""
+    label: str | None = None
+    """Put the workers on nodes of the cluster that have this label of Ray's, as `ssl-ray/role=train`; null: on any."""
+    pack: bool | None = None
+    """Workers on as few nodes as have room for them, or spread over as many as there are; null: few where they have GPUs."""
     stall_s: float = 300.0
     """Start the workers again when one of them is at the same part of a step for so many seconds."""
 
@@ -220,6 +234,7 @@ class Train:
             _check(ok, "train.workers", self.workers, "min of 1 or more, and max not below it")
         _check(self.most_workers() >= 0, "train.workers", self.workers, "0 or more")
         _check(1 <= self.stall_s < math.inf, "train.stall_s", self.stall_s, "1 or more")
+        _check_label("train.label", self.label)
         if self.lanes is not None:
             ok = self.lanes >= 1 and self.batch % self.lanes == 0
             divisors = [n for n in range(1, math.isqrt(self.batch) + 1) if self.batch % n == 0]
@@ -312,9 +327,12 @@ EXECUTION = frozenset(
         "data.cache_dir",
         "data.cache_bytes",
         "data.max_bad_samples",
+        "data.label",
         "train.workers",
         "train.threads",
         "train.digest",
+        "train.label",
+        "train.pack",
         "train.stall_s",
         "evaluate.every_epochs",
         "evaluate.every_steps",

@@ -134,6 +134,9 @@ class _Scheduling(ExecutionCallback):
         wait until all rounds are counted.
         """
         executor._resource_manager._get_total_resources = ray.data.ExecutionResources.for_limits
+        # What is asked of the autoscaler is the trainer's to say: Ray Data would ask for a node more of each kind that there is
+        # while they are busy, whichever the stream may use.
+        executor._cluster_autoscaler.try_trigger_scaling = lambda: None
         counting = _CountWhenNeeded(executor._data_context, executor._topology, executor._resource_manager)
         executor._backpressure_policies.append(counting)
         for operator in filter(_counts, executor._topology):
@@ -147,11 +150,21 @@ class _Scheduling(ExecutionCallback):
             time.sleep(PAUSE_S)
 
 
-def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int, cpus: float, store: int):
+def ray_stream(
+    reference: Any,
+    *,
+    lanes: range,
+    first_step: int,
+    stop_step: int,
+    cpus: float,
+    store: int,
+    selector: dict[str, str] | None = None,
+):
     """A Ray Dataset of the batches of one worker; `reference` holds the TrainingData in the object store.
 
     cpus, store: this stream's share of the cluster. A round is made in a task with a thread for each of `cpus`, while the
     task of the next round waits; views wait for the trainer in `store` bytes of the object store, more or less a block.
+    selector: labels of the nodes that the tasks may be on.
     """
     data, counting = fetch(reference), 0.01
     steps = steps_in_block(data, len(lanes), store=store)
@@ -161,6 +174,7 @@ def ray_stream(reference: Any, *, lanes: range, first_step: int, stop_step: int,
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # a trainer may be at one block for long: its own watchdog sees what hangs
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = selector or None
     context.target_max_block_size = 1  # each row that a task yields is a block of its own
     # Ray Data keeps a quarter of the store for finished blocks; what two tasks have ready must fit the rest, or one waits.
     context._max_num_blocks_in_streaming_gen_buffer = max(1, min(BLOCKS_AHEAD, 3 * store // (8 * steps * step)))

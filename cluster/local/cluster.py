@@ -1,9 +1,8 @@
 """A Ray cluster on this machine that grows and shrinks as one in a cloud does: python cluster/local/cluster.py up|down|status
 
-Its hosts are processes of this machine, each a node to Ray with a share of CPUs that is only a number: a head without work, and up
-to --max hosts of each kind, `ssl-ray/role: data` and `ssl-ray/role: train`, which Ray's autoscaler starts when work waits for them
-and ends when they were idle for a while. All that it listens with is on loopback, but for what Ray binds to all interfaces whatever
-it is asked (see LISTENS); every connection needs the token.
+Its hosts are processes of this machine, each a node to Ray with CPUs that are only a number: a head without work, and up to --max
+hosts of each kind, `ssl-ray/role: data` and `ssl-ray/role: train`. The autoscaler starts them when work waits for them, and ends
+them when they were idle for a while. Every connection needs the token, but for metrics (see LISTENS).
 
 A keeper holds them: it adopts what they start, writes down each process with the time of its start, and ends them all when it is
 told to, or when the head ends. What `down` ends is in those notes, and nothing else.
@@ -41,6 +40,20 @@ STORE_BYTES = 300_000_000
 """Of the object store of each host; all of them are in this machine's memory."""
 PORTS = ("gcs", "dashboard", "agent", "agent_grpc", "runtime_env", "metrics", "client", "node_manager", "object_manager")
 """Each is a free one, so that two of these clusters can run on one machine."""
+LISTENS = {
+    ("gcs_server", "all"): "control, gRPC",
+    ("raylet", "all"): "tasks and objects of each node, gRPC",
+    ("ray::", "all"): "workers and the agent of each node, gRPC",
+    ("agent", "all"): "metrics of each node, HTTP: the only one without a token",
+    ("agent", "loopback"): "logs and profiles of each node, HTTP",
+    ("runtime env", "loopback"): "environments of jobs, HTTP",
+    ("dashboard", "loopback"): "jobs and the dashboard, HTTP",
+    ("client", "loopback"): "Ray Client, gRPC",
+    ("monitor", "all"): "metrics of the autoscaler, HTTP, without a token",
+    ("driver", "all"): "of a job: gRPC",
+}
+"""Which processes listen, and where. Ray binds gRPC and metrics to all interfaces, whatever it is asked: on a machine that others
+can reach, a firewall is needed."""
 START_S = 90.0
 END_S = 30.0
 LOOK_S = 0.5
@@ -70,7 +83,13 @@ def autoscaling(gcs: str, *, most: int, cpus: int, idle_s: float) -> dict[str, A
     }
     # The name of the head's type is that which the provider gives it.
     head = {"resources": {"CPU": 0}, "labels": {"ssl-ray/role": "head"}, "node_config": {}, "max_workers": 0}
-    nothing = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "cluster_synced_files")
+    nothing = (
+        "initialization_commands",
+        "setup_commands",
+        "head_setup_commands",
+        "worker_setup_commands",
+        "cluster_synced_files",
+    )
     nothing += ("head_start_ray_commands", "worker_start_ray_commands", "rsync_exclude", "rsync_filter")
     return {
         "cluster_name": "local",
@@ -205,7 +224,12 @@ def up(folder: Path, *, most: int, cpus: int, idle_s: float) -> None:
     gcs, url = f"{loopback_hosts.address(0)}:{ports['gcs']}", f"http://127.0.0.1:{ports['dashboard']}"
     (folder / "autoscaling.json").write_text(json.dumps(autoscaling(gcs, most=most, cpus=cpus, idle_s=idle_s), indent=1))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"--node-ip-address={loopback_hosts.address(0)}", f"--port={ports['gcs']}", f"--temp-dir={folder / 'ray'}", "--num-cpus=0"]
+    command += [
+        f"--node-ip-address={loopback_hosts.address(0)}",
+        f"--port={ports['gcs']}",
+        f"--temp-dir={folder / 'ray'}",
+        "--num-cpus=0",
+    ]
     command += [f"--autoscaling-config={folder / 'autoscaling.json'}", "--labels=ssl-ray/role=head"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={ports['dashboard']}"]
     command += [f"--dashboard-agent-listen-port={ports['agent']}", f"--dashboard-agent-grpc-port={ports['agent_grpc']}"]

@@ -1,4 +1,4 @@
-"""The provider that Ray's autoscaler starts hosts of cluster.py with: nodes on this machine, each with a loopback address of its own.
+"""The provider that Ray's autoscaler starts hosts of cluster.py with: nodes on this machine, each with its own loopback address.
 
 It is Ray's own for tests, whose nodes would all have the machine's outer address, and the head's node type as their label.
 """

@@ -23,6 +23,7 @@ from ssl_ray.study.schema import Head, Planned, State, trial_uri
 from ssl_ray.study.search import Proposals
 from ssl_ray.study.spec import configured
 from ssl_ray.train import cluster, lease, pretrain
+from ssl_ray.train.capacity import ROUNDING, Capacity, Where, cpus_of, require_cpus, selector
 from ssl_ray.train.runs import ask_to_stop as ask_run_to_stop
 from ssl_ray.train.runs import read_json
 from ssl_ray.train.trackers import Trackers, tracked
@@ -185,15 +186,21 @@ def alone(made: Config) -> bool:
     return made.train.most_workers() <= 1
 
 
-def concurrency(available: dict[str, float], configs: list[Config]) -> int:
-    """So many trials at a time, each with the CPUs of its threads, or for each of several workers as many again for its data; but
-    one where there are parts of CPUs for it. Raises ResourceError where there are not.
+def concurrency(there: Capacity, configs: list[Config]) -> int:
+    """So many trials at a time when the cluster is as large as it may become, each with the CPUs of its threads, or for each of
+    several workers as many again for its data; but one where there are parts of CPUs for it. Raises ResourceError where there
+    are not.
     """
-    there = available.get("CPU", 0.0)
-    needs = max(made.train.threads * (1.0 if alone(made) else 2.0 * made.train.most_workers()) for made in configs)
+    counts = []
     for made in configs:
-        cluster.require_cpus(there, workers=made.train.workers, threads=made.train.threads)
-    return max(1, int(there / needs))
+        where, threads = (
+            Where(train=made.train.label, data=made.train.label if alone(made) else made.data.label),
+            made.train.threads,
+        )
+        cpus = cpus_of(there.most, where)
+        require_cpus(cpus, workers=made.train.workers, threads=threads, where=where, grown=bool(there.coming))
+        counts.append(cpus.count(threads, 0 if alone(made) else threads) / max(1, made.train.most_workers()))
+    return max(1, int(min(counts) + ROUNDING))
 
 
 def _tune(trials: Trials, keeper: "Keeper", *, asked: Any, progress: Progress, trackers: Trackers) -> None:
@@ -214,12 +221,15 @@ def _tune(trials: Trials, keeper: "Keeper", *, asked: Any, progress: Progress, t
 
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        at_a_time = concurrency(session.available, configs)
+        at_a_time = concurrency(session.capacity, configs)
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_a_time)  # those that wait for a node have it come
         progress("stage", {"text": f"{len(trials.todo) or trials.total} trials to run, {at_a_time} at a time"})
-        cpus = max(min(made.train.threads, session.available["CPU"]) if alone(made) else WAITS_CPUS for made in configs)
+        largest = max(node.cpus for node in session.capacity.most)
+        cpus = max(min(made.train.threads, largest) if alone(made) else WAITS_CPUS for made in configs)
+        bundle: dict[str, Any] = {"bundle_label_selector": [selector(configs[0].train.label)]} if alone(configs[0]) else {}
         given = {"study": trials.uri, "trackers": dataclasses.asdict(trackers), "share": (1 - at_a_time * WAITS_CPUS) / at_a_time}
         tuner = tune.Tuner(
-            tune.with_resources(run_trial, {"CPU": cpus}),
+            tune.with_resources(run_trial, tune.PlacementGroupFactory([{"CPU": cpus}], **bundle)),
             param_space=given,
             tune_config=tune.TuneConfig(
                 search_alg=_in_turn(trials),

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_ray import storage
-from ssl_ray.config import Workers
 from ssl_ray.errors import ResourceError, SslRayError, TrainingError
+from ssl_ray.train.capacity import Capacity, of_cluster
 
 SCRATCH = Path("/tmp")
 """Ray makes sockets below its folder, whose paths may have 107 characters: $TMPDIR may be too long."""
@@ -52,8 +52,8 @@ class Session:
 
     folder: Path
     """Of this process; it ends with the session."""
-    available: dict[str, float]
-    """What was free of the cluster's resources; of a cluster that this process is part of, all of them."""
+    capacity: Capacity
+    """What was free of the cluster; of one that this process is part of, all of it."""
     address: str
     """Of Ray's head."""
     call: Callable[..., "Future[Any]"]
@@ -86,8 +86,8 @@ def ray_session(listen: Callable[[], None] = lambda: None) -> Iterator[Session]:
             listen()
             wait([starting], timeout=LISTEN_S)
         listen()
-        available, address = starting.result()
-        yield Session(folder, available, address, call)
+        capacity, address = starting.result()
+        yield Session(folder, capacity, address, call)
     except BaseException as error:
         keep = isinstance(error, TrainingError) or not isinstance(error, SslRayError)
         raise
@@ -122,25 +122,6 @@ def has_joined() -> bool:
     return ray is not None and ray.is_initialized()
 
 
-def require_cpus(free: float, *, workers: int | Workers, threads: int) -> None:
-    """Raises ResourceError, saying what is missing and what to set, where half a CPU a worker is not there; where the number
-    of workers may change, whole CPUs are counted, as many for data as to train, so that a new machine brings so many workers.
-    """
-    if isinstance(workers, Workers):
-        if free < 2 * threads * workers.min:
-            raise ResourceError(
-                f"train.workers={workers} needs {2 * threads} free CPUs a worker "
-                f"(train.threads={threads} to train, as many for data); the cluster has {free:g} free. "
-                "Add nodes, or set train.workers to a number, for which parts of a CPU will do."
-            )
-    elif free < 0.5 * workers:
-        raise ResourceError(
-            f"train.workers={workers} needs {0.5 * workers:g} free CPUs (a quarter to train, a quarter for data, each); "
-            f"the cluster has {free:g} free. "
-            + (f"Set train.workers={int(2 * free)} or fewer, or add nodes." if free >= 0.5 else "Add nodes, or wait.")
-        )
-
-
 def _sweep() -> None:
     """Removes the folders that killed processes left behind."""
     for folder in SCRATCH.glob("ssl-ray-*-*"):
@@ -153,16 +134,16 @@ def _sweep() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_ray(folder: Path) -> tuple[dict[str, float], str]:
+def start_ray(folder: Path) -> tuple[Capacity, str]:
     """Joins the cluster that RAY_ADDRESS names, else starts a local one with token authentication, without dashboard.
 
-    folder: where a local one keeps its sockets and logs.  Returns the resources that are free and the address of the head.
+    folder: where a local one keeps its sockets and logs.  Returns what is free and the address of the head.
     Raises ResourceError if the cluster cannot be reached or started.
     """
     if has_joined():
         import ray
 
-        return ray.cluster_resources(), ray.get_runtime_context().gcs_address
+        return of_cluster(free=False), ray.get_runtime_context().gcs_address
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
@@ -188,7 +169,7 @@ def start_ray(folder: Path) -> tuple[dict[str, float], str]:
         else:
             with _deaf_to_sigterm():
                 ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, _temp_dir=str(folder), **common)
-        return ray.available_resources(), ray.get_runtime_context().gcs_address
+        return of_cluster(free=True), ray.get_runtime_context().gcs_address
     except (RuntimeError, ConnectionError, TimeoutError) as error:
         raise ResourceError(
             f"Ray did not start or cannot be reached ({storage.one_line(error)}). Check RAY_ADDRESS, the token and free memory, "

@@ -15,6 +15,7 @@ from ssl_ray import plan, shards, storage, stream, views
 from ssl_ray.config import Config, Train
 from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, TrainingError
 from ssl_ray.train import cluster, lease, loop, runs
+from ssl_ray.train.capacity import Cpus, require_cpus
 from ssl_ray.train.lease import Lease
 
 QUIET_S = 10.0
@@ -95,7 +96,8 @@ def open_run(config: Config, *, resume: str) -> Opened:
 def _require_cpus(config: Config) -> None:
     """Raises ResourceError where a Ray of this machine, which counts no more CPUs than there are, could not run the workers."""
     if cluster.is_local():
-        cluster.require_cpus(os.cpu_count() or 1, workers=config.train.workers, threads=config.train.threads)
+        cpus = Cpus(0.0, 0.0, float(os.cpu_count() or 1))
+        require_cpus(cpus, workers=config.train.workers, threads=config.train.threads)
 
 
 def pretrain(config: Config, *, resume: str, leased: bool, progress: Progress, share: float = 1.0) -> dict[str, Any]:
@@ -264,8 +266,7 @@ def made_ready(
     with cluster.ray_session(listen) as session:
         from ssl_ray.train import ray_train
 
-        available = {name: share * value for name, value in session.available.items()}
-        resources = ray_train.plan_resources(available, workers=config.train.workers, threads=config.train.threads)
+        resources = ray_train.plan_resources(config, session.capacity, share=share)
         ray_train.require_memory(config, opened.data)
         progress("stage", {"text": f"starting {_counted(config.train)}"})
         train = functools.partial(
@@ -282,7 +283,7 @@ def made_ready(
         )
         yield Ready(
             lambda: session.call(train),
-            functools.partial(ray_train.evaluate, cpus=resources.evaluate_cpus),
+            functools.partial(ray_train.evaluate, resources=resources),
             alive=lambda: cluster.answers(session.address),
             missing=lambda: session.call(functools.partial(ray_train.missing, resources, workers=config.train.workers)),
         )

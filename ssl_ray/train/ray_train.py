@@ -9,6 +9,7 @@ when there is room for more workers, they make way: they leave a checkpoint, end
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.data
 import ray.train
-from ray.exceptions import RayTaskError
+from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
+from ray.exceptions import RayError, RayTaskError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
@@ -26,10 +28,11 @@ from ray.train.v2.api.exceptions import ControllerError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from ssl_ray import plan, ray_stream, storage, stream
-from ssl_ray.config import Config, Train, Workers
+from ssl_ray.config import Config, Workers
 from ssl_ray.errors import ResourceError, SslRayError, TrainingError
 from ssl_ray.train import runs
-from ssl_ray.train.cluster import answers, require_cpus
+from ssl_ray.train.capacity import ROUNDING, Capacity, Node, Where, cpus_of, of_cluster, require_cpus, selector
+from ssl_ray.train.cluster import answers
 
 if TYPE_CHECKING:
     # Imported where they are used: the actor that makes the streams needs this module, and no torch, which takes a second.
@@ -45,74 +48,102 @@ LEAVE_S = 600.0
 """Workers that are asked to make way have so long for a step and its checkpoint, then they are killed."""
 WAIT_S = 1.0
 """Seconds between two looks for room, where there is too little for a start."""
-ROUNDING = 1e-6
-"""Of a worker: sums of shares of CPUs are not exact."""
+ASK_EVERY_S, ASK_FOR_S = 20.0, 180.0
+"""Seconds between two requests for nodes, and for which one counts."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What each worker, each stream and a read-out may use, in Ray's units."""
+    """What each worker, each stream and a read-out may use, in Ray's units, and where."""
 
     worker_cpus: float
     stream_cpus: float
     evaluate_cpus: float
-    stream_store: int
-    """Bytes of the object store."""
     gpus: bool
+    where: Where
+    fixed: bool
+    """The streams have no more than this; else all that is left of the nodes that are there at a start of the workers."""
+    share: float
+    """Of the cluster, for this run."""
 
     @property
     def per_worker(self) -> dict[str, float]:
         return {"CPU": self.worker_cpus} | ({"GPU": 1} if self.gpus else {})
 
 
-def plan_resources(available: dict[str, float], *, workers: int | Workers, threads: int) -> Resources:
-    """Shares the cluster's CPUs out: half to the workers, the rest to their streams but for a read-out's part. Of the object
-    store the streams have half. Where the number of workers may change, these are for each the least: `threads` CPUs to
-    train, as many for its stream.
+def plan_resources(config: Config, there: Capacity, *, share: float = 1.0) -> Resources:
+    """Shares the CPUs out: half to the workers, the rest to their streams but for a read-out's part. Where the number of workers
+    may change, or nodes may be added, these are for each what is asked for, and no more: `train.threads` CPUs to train, as many
+    for its stream.
 
-    Raises ResourceError, saying what is missing and what to set, where half a CPU or a GPU a worker is not there.
+    share: of the cluster, for this run.
+    Raises ResourceError, saying what is missing and what to set, where half a CPU or a GPU a worker is not there, nor comes.
     """
-    cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
-    require_cpus(cpus, workers=workers, threads=threads)
-    fewest = workers.min if isinstance(workers, Workers) else workers
+    workers, threads = config.train.workers, float(config.train.threads)
+    where = Where(train=config.train.label, data=config.data.label)
+    elastic, fewest = isinstance(workers, Workers), config.train.fewest_workers()
+    cpus = cpus_of(there.most, where) * share
+    require_cpus(cpus, workers=workers, threads=config.train.threads, where=where, grown=bool(there.coming))
+    gpus = share * sum(node.resources.get("GPU", 0.0) for node in there.most if node.has(where.train))
     if 0 < gpus < fewest:
         raise ResourceError(
             f"{fewest} workers (train.workers) need a GPU each; the cluster has {gpus:g} free. Set train.workers={int(gpus)}."
         )
-    evaluate = min(1.0, cpus / 8)
-    if isinstance(workers, Workers):
-        return Resources(float(threads), float(threads), min(evaluate, threads / 4), 0, gpus=gpus >= fewest)
-    worker = min(float(threads), cpus / (2 * workers))
-    share = (cpus - workers * worker - evaluate) / workers
-    worker, share, evaluate = (int(value * 1000) / 1000 for value in (worker, share, evaluate))  # Ray's precision is .0001
-    store = int(available.get("object_store_memory", 0.0) / (2 * workers))
-    return Resources(worker, share, evaluate, store, gpus=gpus >= workers)
+    worker, evaluate = threads, min(1.0, (cpus.data + cpus.both) / 8)
+    if not elastic:
+        worker = min(threads, (cpus.train + cpus.both / 2) / fewest)
+    stream = (cpus.left(fewest * worker) - evaluate) / fewest
+    if elastic or there.coming:
+        evaluate = min(evaluate, threads / 4)
+        stream = min(threads, cpus.left(fewest * worker) / fewest)
+    worker, stream, evaluate = (int(value * 1000) / 1000 for value in (worker, stream, evaluate))  # Ray's precision is .0001
+    planned = Resources(
+        worker_cpus=worker,
+        stream_cpus=stream,
+        evaluate_cpus=evaluate,
+        gpus=gpus >= fewest,
+        where=where,
+        fixed=not elastic,
+        share=share,
+    )
+    if there.coming and room(there.most, planned) < fewest:
+        raise ResourceError(
+            f"train.workers={workers} needs {_each(planned)}, each; with all nodes that may be added, the cluster has room "
+            f"for {room(there.most, planned)}. Lower train.workers or train.threads, or let it have larger or more nodes."
+        )
+    return planned
 
 
-def fit_resources(planned: Resources, nodes: list[dict[str, float]], *, workers: int, elastic: bool) -> Resources:
-    """What so many workers' streams may use on these nodes: all that is left, where the number of workers may change; never
-    more than a node has beside a worker, for a task needs it in one place."""
-    cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    store = sum(node.get("object_store_memory", 0.0) for node in nodes)
-    share, stream_store = planned.stream_cpus, planned.stream_store
-    if elastic:
-        share = max(share, (cpus - planned.evaluate_cpus) / workers - planned.worker_cpus)
-        stream_store = int(store / (2 * workers))
-    largest = max((node.get("CPU", 0.0) for node in nodes), default=cpus)
-    share = min(share, max(largest - planned.worker_cpus, largest / 2))
-    return dataclasses.replace(planned, stream_cpus=int(share * 1000) / 1000, stream_store=stream_store)
+def _each(planned: Resources) -> str:
+    """What a worker needs, in words."""
+    at, beside = (f" on a node with {label}" if label else "" for label in (planned.where.train, planned.where.data))
+    gpu = " and a GPU" if planned.gpus else ""
+    return f"{planned.worker_cpus:g} CPUs{at}, {planned.stream_cpus:g} more for data{beside}{gpu}"
 
 
-def room(nodes: list[dict[str, float]], planned: Resources) -> int:
-    """The most workers that fit these nodes, their streams, whose tasks may be on any of them, counted too."""
+def fit_resources(planned: Resources, nodes: list[Node], *, workers: int) -> tuple[float, int]:
+    """CPUs and bytes of the object store that each of so many workers' streams may use on these nodes: all that is left, unless
+    they are fixed; never more than a node has beside a worker, for a task needs it in one place."""
+    where, makers = planned.where, [node for node in nodes if node.cpus and node.has(planned.where.data)]
+    cpus = planned.stream_cpus
+    if not planned.fixed:
+        all_cpus = cpus_of(nodes, where) * planned.share
+        cpus = max(cpus, (all_cpus.left(workers * planned.worker_cpus) - planned.evaluate_cpus) / workers)
+    store = planned.share * sum(node.resources.get("object_store_memory", 0.0) for node in makers)
+    beside = [max(node.cpus - planned.worker_cpus, node.cpus / 2) if node.has(where.train) else node.cpus for node in makers]
+    return int(min(cpus, max(beside, default=cpus)) * 1000) / 1000, int(store / (2 * workers))
+
+
+def room(nodes: list[Node], planned: Resources) -> int:
+    """The most workers that fit these nodes, their streams, whose tasks may be on any of those that are for them, counted too."""
     needs = planned.per_worker.items()
-    fitting = sum(int(min(node.get(name, 0.0) / need for name, need in needs) + ROUNDING) for node in nodes)
-    cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    return min(fitting, int(cpus / (planned.worker_cpus + planned.stream_cpus) + ROUNDING))
+    train = [node.resources for node in nodes if node.has(planned.where.train)]
+    fitting = sum(int(min(node.get(name, 0.0) / need for name, need in needs) + ROUNDING) for node in train)
+    return min(fitting, int(cpus_of(nodes, planned.where).count(planned.worker_cpus, planned.stream_cpus) + ROUNDING))
 
 
-def staying_nodes() -> list[dict[str, float]]:
-    """The resources of each node that is there and is not being taken away.
+def staying_nodes() -> list[Node]:
+    """Each node that is there and is not being taken away, with all its resources.
 
     A node that has just gone is alive to Ray for ten seconds more: each is asked for an answer.
     """
@@ -120,7 +151,7 @@ def staying_nodes() -> list[dict[str, float]]:
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
     with ThreadPoolExecutor(min(64, len(nodes) + 1)) as pool:
         there = pool.map(lambda node: answers(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"), nodes)
-        return [node["Resources"] for node, answered in zip(nodes, there, strict=True) if answered]
+        return [Node(node["Resources"], node["Labels"]) for node, answered in zip(nodes, there, strict=True) if answered]
 
 
 def missing(planned: Resources, *, workers: int | Workers) -> str:
@@ -128,8 +159,7 @@ def missing(planned: Resources, *, workers: int | Workers) -> str:
     fewest, there = workers.min if isinstance(workers, Workers) else workers, room(staying_nodes(), planned)
     if there >= fewest:
         return ""
-    each = f"{planned.worker_cpus:g} CPUs, {planned.stream_cpus:g} more for data" + (" and a GPU" if planned.gpus else "")
-    return f"waiting for machines: there is room for {there} of {fewest} workers, which need {each}, each"
+    return f"waiting for machines: there is room for {there} of {fewest} workers, which need {_each(planned)}, each"
 
 
 def require_memory(config: Config, data: stream.TrainingData) -> None:
@@ -140,10 +170,10 @@ def require_memory(config: Config, data: stream.TrainingData) -> None:
     from ssl_ray.train.memory import worker_bytes
 
     workers, made = config.train.workers, data.plan
-    nodes = [node for node in staying_nodes() if node.get("CPU")]
-    if not isinstance(workers, Workers) or not nodes or any(node.get("GPU") for node in nodes):
+    nodes = [node for node in staying_nodes() if node.cpus and node.has(config.train.label)]
+    if not isinstance(workers, Workers) or not nodes or any(node.resources.get("GPU") for node in nodes):
         return
-    there = max(node.get("memory", 0.0) for node in nodes)
+    there = max(node.resources.get("memory", 0.0) for node in nodes)
     an_image, weights = worker_bytes(config)
 
     def share(workers: int) -> int:
@@ -162,9 +192,18 @@ def require_memory(config: Config, data: stream.TrainingData) -> None:
         )
 
 
+def requests(planned: Resources, *, workers: int) -> list[tuple[dict[str, float], dict[str, str]]]:
+    """Resources and label selectors of what so many workers and their streams need. A stream's is asked for in parts of a CPU,
+    since they may be on several nodes."""
+    parts = math.ceil(planned.stream_cpus - ROUNDING)
+    asked = [(planned.per_worker, selector(planned.where.train))]
+    asked += [({"CPU": planned.stream_cpus / parts}, selector(planned.where.data))] * parts
+    return asked * workers
+
+
 class Scaling(ElasticScalingPolicy):
-    """How many workers are started. Ray's own policies know nothing of streams, ask for machines that are being taken away, and
-    learn of those that are gone up to 20 s later (Ray 2.60)."""
+    """How many workers are started, and what is asked of the autoscaler. Ray's own policies know nothing of streams, ask for
+    machines that are being taken away, and learn of those that are gone up to 20 s later (Ray 2.60)."""
 
     def __init__(self, scaling_config: Any, planned: Resources):
         super().__init__(scaling_config)
@@ -173,9 +212,34 @@ class Scaling(ElasticScalingPolicy):
         """Workers of a start that has not succeeded yet."""
         self.seen = 0
         """For so many there was room at the newest start."""
+        self.asked = -math.inf
+        """When the newest request for nodes was made."""
 
     def _count(self) -> int:
         return min(room(staying_nodes(), self.planned), self.scaling_config.max_workers)
+
+    def _send_resource_request(self) -> None:
+        """Has the autoscaler keep, or bring, nodes for the workers and their streams; for no more than it can, since it does
+        nothing about a request that is too large."""
+        self.asked = time.monotonic()
+        possible = room(of_cluster(free=False).most, self.planned)
+        count = max(self.scaling_config.min_workers, min(self.scaling_config.max_workers, possible))
+        bundles = requests(self.planned, workers=count)
+        assert self._coordinator_client is not None
+        coordinator: Any = self._coordinator_client._autoscaling_coordinator
+        sent = coordinator.request_resources.remote(
+            requester_id=self._requester_id,
+            resources=[resources for resources, _ in bundles],
+            label_selectors=[labels for _, labels in bundles],
+            expire_after_s=ASK_FOR_S,
+            priority=ResourceRequestPriority.HIGH,
+        )
+        with contextlib.suppress(RayError):  # the next one may arrive
+            ray.get(sent, timeout=5)
+
+    def _maybe_send_resource_request(self) -> None:
+        if time.monotonic() - self.asked >= ASK_EVERY_S:
+            self._send_resource_request()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._maybe_send_resource_request()
@@ -206,10 +270,10 @@ class Scaling(ElasticScalingPolicy):
 class StreamConfig(ray.train.DataConfig):
     """Makes the workers' streams at every start of the worker group, from the committed position."""
 
-    def __init__(self, run: str, lease: int | None, reference: Any, total_steps: int, resources: Resources, train: Train):
+    def __init__(self, run: str, lease: int | None, reference: Any, total_steps: int, resources: Resources):
         super().__init__(datasets_to_split=[])
         self.run, self.lease, self.reference, self.total_steps = run, lease, reference, total_steps
-        self.resources, self.train = resources, train
+        self.resources = resources
 
     def configure(self, datasets, world_size, worker_handles=None, worker_node_ids=None, **_):
         marker = runs.begin_attempt(self.run, lease=self.lease)
@@ -220,20 +284,20 @@ class StreamConfig(ray.train.DataConfig):
                 "Ray's logs are in /tmp/ssl-ray-*/session_latest/logs on their machines. Lower memory use or checkpoint.every_s."
             )
         data = ray_stream.fetch(self.reference)
-        elastic = isinstance(self.train.workers, Workers)
-        found = fit_resources(self.resources, staying_nodes(), workers=world_size, elastic=elastic)
-        shares = [plan.lanes_of(rank, world_size, data.plan.lanes) for rank in range(world_size)]
-        return [{"train": self._stream(data, lanes, marker.step, found).iterator()} for lanes in shares]
+        cpus, store = fit_resources(self.resources, staying_nodes(), workers=world_size)
 
-    def _stream(self, data: stream.TrainingData, lanes: range, first_step: int, resources: Resources):
-        return ray_stream.ray_stream(
-            self.reference,
-            lanes=lanes,
-            first_step=first_step,
-            stop_step=self.total_steps,
-            cpus=resources.stream_cpus,
-            store=stream.store_bytes(data, len(lanes), share=resources.stream_store),
-        )
+        def made(lanes: range) -> Any:
+            return ray_stream.ray_stream(
+                self.reference,
+                lanes=lanes,
+                first_step=marker.step,
+                stop_step=self.total_steps,
+                cpus=cpus,
+                store=stream.store_bytes(data, len(lanes), share=store),
+                selector=selector(self.resources.where.data),
+            )
+
+        return [{"train": made(plan.lanes_of(rank, world_size, data.plan.lanes)).iterator()} for rank in range(world_size)]
 
 
 def last_resort_s(stall_s: float) -> float:
@@ -313,12 +377,17 @@ def _work_or_raise(given: dict[str, Any]) -> "loop.Outcome":
     return outcome
 
 
-def evaluate(uri: str, checkpoint: str | None, *, cpus: float) -> "Future[dict[str, Any]]":
-    """The read-outs of a checkpoint, in a task beside the workers; of a trial too, whose own CPUs are too few for it."""
+def evaluate(uri: str, checkpoint: str | None, *, resources: Resources) -> "Future[dict[str, Any]]":
+    """The read-outs of a checkpoint, in a task where views are made; of a trial too, whose own CPUs are too few for it."""
     from ssl_ray.train.readouts import evaluate_run
 
     remote: Any = ray.remote  # its annotation knows no keyword-only arguments
-    return remote(evaluate_run).options(num_cpus=cpus, scheduling_strategy="DEFAULT").remote(uri, checkpoint=checkpoint).future()
+    task = remote(evaluate_run).options(
+        num_cpus=resources.evaluate_cpus,
+        scheduling_strategy="DEFAULT",
+        label_selector=selector(resources.where.data),
+    )
+    return task.remote(uri, checkpoint=checkpoint).future()
 
 
 def train(
@@ -380,17 +449,20 @@ def _train_once(
 
     work: Any = _work  # Ray passes on what it returns, which its annotation does not foresee
     workers = config.train.workers
+    # Without GPUs views stay where they are made, and not all workers are lost with a node.
+    packed = resources.gpus if config.train.pack is None else config.train.pack
     trainer: Any = TorchTrainer(
         work,
         train_loop_config={"config": config, "run": run, "schedule": schedule, "watch": watch},
         datasets={"train": ray.data.range(1)},
-        dataset_config=StreamConfig(run, lease, reference, schedule.total_steps, resources, config.train),
+        dataset_config=StreamConfig(run, lease, reference, schedule.total_steps, resources),
         torch_config=OwnAddress(timeout_s=int(last_resort_s(config.train.stall_s))),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # that of Train v2
             num_workers=(workers.min, workers.max) if isinstance(workers, Workers) else workers,  # type: ignore[arg-type]
             use_gpu=resources.gpus,
             resources_per_worker=resources.per_worker,
-            placement_strategy="PACK" if resources.gpus else "SPREAD",  # views stay where they are made, and not all is lost
+            placement_strategy="PACK" if packed else "SPREAD",
+            label_selector=selector(config.train.label) or None,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # that of Train v2
             storage_path=scratch,

@@ -1,0 +1,103 @@
+"""On a cluster whose autoscaler adds and ends nodes: studies make it grow, it shrinks after, and runs wait for what they need."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import SMALL, digests, run
+from local_cluster import Local, local_cluster
+
+from ssl_ray.study.results import read_study
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+
+STUDY = """
+recipe: digits
+keys: {train.workers: 0, evaluate.max_images: 50, views.size_px: 8}
+sweep:
+  model.projector_dim: {grid: [16, 32]}
+  views.count: {grid: [2, 4]}
+budget: {views: 12000}
+readouts: 3
+"""
+KEYS = [*SMALL, "train.batch=32", "train.steps=30", "evaluate.max_images=50"]
+PLACED = ["train.label=ssl-ray/role=train", "data.label=ssl-ray/role=data"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Local]:
+    """Nodes of one CPU, at most two of each kind."""
+    with local_cluster("--max=2", "--cpus=1", "--idle-s=10") as made:
+        yield made
+
+
+def alone(cluster: Local) -> bool:
+    return sorted(cluster.roles().values()) == ["head"]
+
+
+def test_a_study_makes_a_cluster_grow_to_its_limit_and_it_shrinks_after(tmp_path: Path):
+    with local_cluster("--max=1", "--cpus=1", "--idle-s=10") as cluster:
+        cluster.until(lambda: alone(cluster), "the head")
+        (tmp_path / "study.yaml").write_text(STUDY)
+        cluster.submit("study", "-m", "ssl_ray", "study", "run", str(tmp_path / "study.yaml"), "-o", str(tmp_path / "study"))
+        cluster.until(lambda: sorted(cluster.roles().values()) == ["data", "head", "train"], "three nodes", job="study")
+        cluster.until(lambda: cluster.state("study") == "SUCCEEDED", "the end of the study", job="study")
+        assert "4 trials to run, 2 at a time" in cluster.logs("study")
+        assert [trial.state.status for trial in read_study(str(tmp_path / "study")).trials] == ["complete"] * 4
+        cluster.until(lambda: alone(cluster), "the end of the nodes")
+
+
+def test_workers_and_tasks_land_on_nodes_with_their_labels_which_come_for_them(cluster: Local, tmp_path: Path):
+    cluster.until(lambda: alone(cluster), "the end of nodes of other tests")
+    uri = tmp_path / "run"
+    cluster.submit("placed", "-m", "ssl_ray", "pretrain", f"run={uri}", "train.workers=2", *KEYS, *PLACED)
+    roles: dict[str, str] = {}
+
+    def done() -> bool:
+        roles.update(cluster.roles())
+        return cluster.state("placed") == "SUCCEEDED"
+
+    cluster.until(done, "the end of the run", job="placed")
+    assert sorted(roles.values()) == ["data", "data", "head", "train", "train"]
+    actors = cluster.get("/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
+    workers = [roles[row["node_id"]] for row in actors if "RayTrainWorker" in row["class_name"]]
+    tasks = cluster.get("/api/v0/tasks?detail=1&limit=1000")["data"]["result"]["result"]
+    makers = {roles[row["node_id"]] for row in tasks if "_work_round" in row["name"] and row["node_id"]}
+    readers = {roles[row["node_id"]] for row in tasks if "evaluate_run" in row["name"] and row["node_id"]}
+    assert workers
+    assert set(workers) == {"train"}
+    assert makers == {"data"}
+    assert readers == {"data"}
+    code, _, err = run("pretrain", f"run={tmp_path / 'here'}", "train.workers=0", *KEYS)
+    assert code == 0, err
+    assert digests(uri) == digests(tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["train.workers=5", *PLACED], "train.workers=5 needs 0.4 CPUs on a node with ssl-ray/role=train"),
+        (["train.workers={min: 5, max: 6}"], "needs 2 free CPUs a worker"),
+        (["train.workers=1", "train.label=ssl-ray/role=gpu"], "0 to train on nodes with ssl-ray/role=gpu"),
+    ],
+)
+def test_what_even_the_grown_cluster_cannot_hold_is_refused(cluster: Local, tmp_path: Path, keys: list[str], message: str):
+    name = f"refused-{len(keys)}-{keys[0][-1]}"
+    cluster.submit(name, "-m", "ssl_ray", "pretrain", f"run={tmp_path / 'run'}", *KEYS, *keys)
+    end = {"FAILED", "SUCCEEDED"}
+    cluster.until(lambda: cluster.state(name) in end, "the end of the job")
+    assert cluster.state(name) == "FAILED"
+    logs = cluster.logs(name)
+    assert message in logs
+    assert "with all nodes that may be added" in logs
+    assert "Traceback" not in logs
+
+
+def test_as_many_workers_as_the_grown_cluster_has_room_for(cluster: Local, tmp_path: Path):
+    uri = tmp_path / "run"
+    elastic = "train.workers={min: 1, max: 8}"
+    cluster.submit("elastic", "-m", "ssl_ray", "pretrain", f"run={uri}", elastic, *KEYS, "train.steps=100000")
+    failures = lambda: [json.loads(path.read_text()) for path in sorted((uri / "failures").glob("*.json"))]  # noqa: E731
+    cluster.until(lambda: len(cluster.roles()) == 5, "all nodes", job="elastic")
+    assert all("made way for more workers" in str(failure) for failure in failures())
