@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -41,19 +42,23 @@ STORE_BYTES = 300_000_000
 PORTS = ("gcs", "dashboard", "agent", "agent_grpc", "runtime_env", "metrics", "client", "node_manager", "object_manager")
 """Each is a free one, so that two of these clusters can run on one machine."""
 LISTENS = {
-    ("gcs_server", "all"): "control, gRPC",
-    ("raylet", "all"): "tasks and objects of each node, gRPC",
-    ("ray::", "all"): "workers and the agent of each node, gRPC",
-    ("agent", "all"): "metrics of each node, HTTP: the only one without a token",
-    ("agent", "loopback"): "logs and profiles of each node, HTTP",
-    ("runtime env", "loopback"): "environments of jobs, HTTP",
-    ("dashboard", "loopback"): "jobs and the dashboard, HTTP",
+    ("gcs_server", "anywhere"): "the cluster's control, gRPC",
+    ("raylet", "anywhere"): "tasks and objects of a node, gRPC",
+    ("agent", "anywhere"): "of a node, gRPC; and its metrics, HTTP without a token",
+    ("agent", "loopback"): "logs and profiles of a node, HTTP",
+    ("runtime env", "loopback"): "environments of a node's jobs, HTTP",
+    ("dashboard", "loopback"): "jobs and Ray's dashboard, HTTP",
     ("client", "loopback"): "Ray Client, gRPC",
-    ("monitor", "all"): "metrics of the autoscaler, HTTP, without a token",
-    ("driver", "all"): "of a job: gRPC",
+    ("driver", "anywhere"): "of a job, gRPC",
+    ("worker", "anywhere"): "tasks and actors, gRPC",
+    ("worker", "loopback"): "gloo between the workers of a run, without a token",
 }
-"""Which processes listen, and where. Ray binds gRPC and metrics to all interfaces, whatever it is asked: on a machine that others
-can reach, a firewall is needed."""
+"""Which processes listen, where, with what. Ray binds gRPC and metrics to all interfaces, whatever it is asked: on a machine that
+others can reach, a firewall is needed."""
+LISTENS_AT_TIMES = {
+    ("monitor", "anywhere"): "the autoscaler's metrics, HTTP without a token, where no other has port 44217",
+    ("dashboard", "anywhere"): "parts of the dashboard that ask for Ray's state, gRPC",
+}
 START_S = 90.0
 END_S = 30.0
 LOOK_S = 0.5
@@ -83,7 +88,7 @@ def autoscaling(gcs: str, *, most: int, cpus: int, idle_s: float) -> dict[str, A
     }
     # The name of the head's type is that which the provider gives it.
     head = {"resources": {"CPU": 0}, "labels": {"ssl-ray/role": "head"}, "node_config": {}, "max_workers": 0}
-    nothing = (
+    nothing: tuple[str, ...] = (
         "initialization_commands",
         "setup_commands",
         "head_setup_commands",
@@ -162,10 +167,24 @@ def _alive(names: list[list[Any]]) -> list[psutil.Process]:
     return found
 
 
-def _kill(processes: list[psutil.Process]) -> None:
+def _signal(processes: list[psutil.Process], number: int) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):  # psutil compares the time of the start before it signals
-            process.kill()
+            process.send_signal(number)
+
+
+def _with_children(found: list[psutil.Process]) -> list[psutil.Process]:
+    """Those processes and all below them, stopped, so that none starts another meanwhile."""
+    known: list[psutil.Process] = []
+    while found:
+        _signal(found, signal.SIGSTOP)
+        known += found
+        below = []
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                below += process.children()
+        found = [process for process in below if process not in known]
+    return known
 
 
 def keep(folder: Path) -> None:
@@ -195,7 +214,7 @@ def keep(folder: Path) -> None:
         time.sleep(LOOK_S)
     end = time.monotonic() + END_S
     while (names := family()) and time.monotonic() < end:  # those that start meanwhile too
-        _kill(_alive(names))
+        _signal(_alive(names), signal.SIGKILL)
         head.poll()
         _bury(but=head.pid)
         time.sleep(0.05)
@@ -290,10 +309,10 @@ def down(folder: Path, *, quiet: bool = False) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             keeper.terminate()
         psutil.wait_procs([keeper], timeout=END_S + 5)
-    left = _alive([*notes.get("keeper", []), *_notes(folder).get("processes", [])])  # where the keeper was killed
-    _kill(left)
-    psutil.wait_procs(left, timeout=5)
-    left = _alive(_notes(folder).get("processes", []))
+    notes = _notes(folder)
+    left = _with_children(_alive([*notes.get("keeper", []), *notes.get("processes", [])]))  # where the keeper was killed
+    _signal(left, signal.SIGKILL)
+    _, left = psutil.wait_procs(left, timeout=5)
     if left:
         raise SystemExit(f"These do not end: {', '.join(str(process.pid) for process in left)}.")
     if not quiet:
@@ -308,7 +327,7 @@ def status(folder: Path) -> None:
     os.environ |= environment(folder) | {"RAY_ADDRESS": notes["gcs"]}
     import ray
 
-    ray.init(log_to_driver=False, logging_level="ERROR")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     running = len(_alive(notes["processes"]))
     print(f"{notes['address']}: {len(nodes)} nodes, {running} processes, token in {folder}/token")

@@ -150,7 +150,7 @@ def may_come(config: dict[str, Any] | None, there: list[dict[str, Any]]) -> list
     limit = config.get("max_workers", 0)
     coming = []
     for name, kind in config["available_node_types"].items():
-        if name == config.get("head_node_type"):
+        if name == config.get("head_node_type") or not kind.get("resources"):  # which are not known before it comes
             continue
         more = min(kind.get("max_workers", limit) - groups.count(name), limit - len(groups))
         resources = {key: float(value) for key, value in kind.get("resources", {}).items()}

@@ -103,7 +103,7 @@ def plan_resources(config: Config, there: Capacity, *, share: float = 1.0) -> Re
         evaluate_cpus=evaluate,
         gpus=gpus >= fewest,
         where=where,
-        fixed=not elastic,
+        fixed=not elastic and not there.coming,
         share=share,
     )
     if there.coming and room(there.most, planned) < fewest:

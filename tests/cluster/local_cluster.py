@@ -54,6 +54,13 @@ class Local:
     def logs(self, name: str) -> str:
         return self.get(f"/api/jobs/{name}/logs")["logs"]
 
+    def stop(self, name: str) -> None:
+        request = urllib.request.Request(
+            f"{self.url}/api/jobs/{name}/stop", headers={"Authorization": f"Bearer {self.token}"}, method="POST"
+        )
+        urllib.request.urlopen(request, timeout=30).close()
+        self.until(lambda: self.state(name) in ("STOPPED", "FAILED", "SUCCEEDED"), f"the end of {name}")
+
     def until(self, condition: Callable[[], bool], what: str, *, job: str = "", timeout_s: float = 300) -> None:
         """Waits for `condition`, which must come before the job fails."""
         end = time.monotonic() + timeout_s
