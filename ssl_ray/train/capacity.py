@@ -5,6 +5,7 @@ may then be for workers, for streams, for both or for neither.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -136,7 +137,7 @@ def of_cluster(*, free: bool) -> Capacity:
     there = [node for node in ray.nodes() if node["Alive"]]
     unused = ray._private.state.available_resources_per_node() if free else {}
     nodes = [Node(unused.get(node["NodeID"], {}) if free else node["Resources"], node["Labels"]) for node in there]
-    return Capacity(nodes, may_come(_autoscaler_config(there), there))
+    return Capacity(nodes, may_come(_autoscaler_config(ray.get_runtime_context().gcs_address), there))
 
 
 def may_come(config: dict[str, Any] | None, there: list[dict[str, Any]]) -> list[Node]:
@@ -158,8 +159,9 @@ def may_come(config: dict[str, Any] | None, there: list[dict[str, Any]]) -> list
     return coming
 
 
-def _autoscaler_config(there: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The configuration of the cluster's autoscaler; None where there is none.
+@functools.lru_cache(maxsize=1)
+def _autoscaler_config(gcs_address: str) -> dict[str, Any] | None:
+    """The configuration of the autoscaler of the cluster that is joined; None where there is none.
 
     Ray has it nowhere but where the autoscaler reads it (2.60; `get_cluster_config` knows of Anyscale's alone): on the head.
     """
@@ -168,6 +170,7 @@ def _autoscaler_config(there: list[dict[str, Any]]) -> dict[str, Any] | None:
 
     def find(port: str) -> dict[str, Any] | None:
         """A function of a function crosses processes whole: the head needs no ssl_ray."""
+        import contextlib
         import os
 
         import psutil
@@ -184,20 +187,18 @@ def _autoscaler_config(there: list[dict[str, Any]]) -> dict[str, Any] | None:
                 with open(os.path.expanduser(path)) as file:
                     return yaml.safe_load(file)
         if "RAY_CLUSTER_NAME" in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:  # KubeRay's is in another container
-            from ray.autoscaler._private.kuberay.autoscaling_config import AutoscalingConfigProducer
+            from ray.autoscaler._private.kuberay import autoscaling_config, node_provider
 
-            with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace") as file:
-                return AutoscalingConfigProducer(os.environ["RAY_CLUSTER_NAME"], file.read().strip())()
+            with contextlib.suppress(OSError):  # a head that may not ask
+                with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace") as file:
+                    asked = node_provider.KubernetesHttpApiClient(namespace=file.read().strip())
+                resource = asked.get(f"rayclusters/{os.environ['RAY_CLUSTER_NAME']}")
+                return autoscaling_config._derive_autoscaling_config_from_ray_cr(resource)
         return None
 
-    context = ray.get_runtime_context()
-    port = context.gcs_address.rpartition(":")[2]
-    heads = [node["NodeID"] for node in there if HEAD in node["Resources"]]
-    if not heads:
-        return None
-    if heads[0] == context.get_node_id():
+    port = gcs_address.rpartition(":")[2]
+    head = next(node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"])
+    if head == ray.get_runtime_context().get_node_id():
         return find(port)
-    remote: Any = ray.remote  # its annotation knows no keyword-only arguments
-    return ray.get(
-        remote(find).options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(heads[0], soft=False)).remote(port)
-    )
+    there = NodeAffinitySchedulingStrategy(head, soft=False)
+    return ray.get(ray.remote(find).options(num_cpus=0, scheduling_strategy=there).remote(port), timeout=60)

@@ -222,19 +222,19 @@ class Scaling(ElasticScalingPolicy):
         """Has the autoscaler keep, or bring, nodes for the workers and their streams; for no more than it can, since it does
         nothing about a request that is too large."""
         self.asked = time.monotonic()
-        possible = room(of_cluster(free=False).most, self.planned)
-        count = max(self.scaling_config.min_workers, min(self.scaling_config.max_workers, possible))
-        bundles = requests(self.planned, workers=count)
         assert self._coordinator_client is not None
         coordinator: Any = self._coordinator_client._autoscaling_coordinator
-        sent = coordinator.request_resources.remote(
-            requester_id=self._requester_id,
-            resources=[resources for resources, _ in bundles],
-            label_selectors=[labels for _, labels in bundles],
-            expire_after_s=ASK_FOR_S,
-            priority=ResourceRequestPriority.HIGH,
-        )
         with contextlib.suppress(RayError):  # the next one may arrive
+            possible = room(of_cluster(free=False).most, self.planned)
+            count = max(self.scaling_config.min_workers, min(self.scaling_config.max_workers, possible))
+            bundles = requests(self.planned, workers=count)
+            sent = coordinator.request_resources.remote(
+                requester_id=self._requester_id,
+                resources=[resources for resources, _ in bundles],
+                label_selectors=[labels for _, labels in bundles],
+                expire_after_s=ASK_FOR_S,
+                priority=ResourceRequestPriority.HIGH,
+            )
             ray.get(sent, timeout=5)
 
     def _maybe_send_resource_request(self) -> None:

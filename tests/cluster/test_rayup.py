@@ -26,7 +26,7 @@ MISSING = (
 )
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(bool(MISSING), reason=f"hosts with sshd on one machine: {MISSING}"),
 ]
 HOST = """
@@ -88,7 +88,7 @@ class Machines:
         # With version 2 of the autoscaler the local provider starts no worker (Ray 2.60).
         env |= {"PATH": path, "RAY_UP_enable_autoscaler_v2": "0", "RAY_USAGE_STATS_ENABLED": "0"}
         return subprocess.run(
-            self.on(3, *command), env=env, cwd=self.folder, capture_output=True, text=True, timeout=240, check=False
+            self.on(3, *command), env=env, cwd=self.folder, capture_output=True, text=True, timeout=400, check=False
         )
 
     def end(self) -> None:
