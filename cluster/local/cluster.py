@@ -14,6 +14,7 @@ starts and ends hosts is not (loopback_hosts.py).
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import json
 import logging
 import os
@@ -33,7 +34,6 @@ import psutil
 from ssl_ray.train.cluster import PROMPT
 
 FOLDER = Path(f"/tmp/ssl-ray-local-{os.getuid()}")
-"""Ray makes sockets below it, whose paths may have 107 characters."""
 ROLES = ("data", "train")
 HEAD_ID = "f" * 51 + "00000"
 """The provider counts its nodes on from this."""
@@ -59,8 +59,10 @@ LISTENS_AT_TIMES = {
     ("monitor", "anywhere"): "the autoscaler's metrics, HTTP without a token, where no other has port 44217",
     ("dashboard", "anywhere"): "parts of the dashboard that ask for Ray's state, gRPC",
 }
-START_S = 90.0
+START_S = 180.0
 END_S = 30.0
+LONGEST = 36
+"""Characters of the folder: the paths of Ray's sockets may have 107."""
 LOOK_S = 0.5
 """Seconds between two looks at which processes there are."""
 PR_SET_CHILD_SUBREAPER = 36
@@ -196,8 +198,10 @@ def keep(folder: Path) -> None:
     me = psutil.Process()
     notes = _notes(folder) | {"keeper": [_name(me)]}
     _note(folder, notes)
+    # What a user has for another cluster is not for this one.
+    env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
     with (folder / "head.log").open("a") as log:
-        head = subprocess.Popen(notes["command"], env=os.environ | environment(folder), stdout=log, stderr=log)
+        head = subprocess.Popen(notes["command"], env=env | environment(folder), stdout=log, stderr=log)
 
     def family() -> list[list[Any]]:
         found = []
@@ -234,8 +238,17 @@ def _bury(*, but: int) -> None:
 def up(folder: Path, *, most: int, cpus: int, idle_s: float) -> None:
     if _alive(_notes(folder).get("keeper", [])):
         raise SystemExit(f"A cluster runs in {folder} already. End it first: {_typed('down', folder)}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)  # fails if another user has made it
+    if importlib.util.find_spec("aiohttp_cors") is None:
+        raise SystemExit("Ray's dashboard, which takes jobs, is missing. Install it: pip install 'ssl-ray[cluster]'")
+    if len(str(folder)) > LONGEST:
+        raise SystemExit(
+            f"{folder}: Ray makes sockets below it, whose paths may not be long. Choose one of {LONGEST} characters."
+        )
+    if folder.exists():
+        if any(folder.iterdir()) and not (folder / "autoscaling.json").exists():
+            raise SystemExit(f"{folder} holds something else than a cluster that was. Choose another --folder.")
+        shutil.rmtree(folder)
+    folder.mkdir(mode=0o700, parents=True)
     token = folder / "token"
     with open(token, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
         file.write(secrets.token_hex(32))
@@ -324,12 +337,13 @@ def status(folder: Path) -> None:
     notes = _notes(folder)
     if not _alive(notes.get("keeper", [])):
         raise SystemExit(f"No cluster runs in {folder}.")
+    os.environ.pop("RAY_AUTH_TOKEN", None)
     os.environ |= environment(folder) | {"RAY_ADDRESS": notes["gcs"]}
     import ray
 
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    running = len(_alive(notes["processes"]))
+    running = len(_alive(notes.get("processes", [])))
     print(f"{notes['address']}: {len(nodes)} nodes, {running} processes, token in {folder}/token")
     for node in nodes:
         print(f"  {node['Labels'].get('ssl-ray/role')}: {node['Resources'].get('CPU', 0):g} CPUs, {node['NodeID'][-8:]}")
@@ -345,6 +359,8 @@ def main() -> None:
     parser.add_argument("--idle-s", type=float, default=30.0, help="seconds after which an idle host ends; default 30")
     given = parser.parse_args()
     folder = given.folder.absolute()
+    if min(given.max, given.cpus) < 1:
+        parser.error("--max and --cpus: expected 1 or more")
     match given.verb:
         case "up":
             up(folder, most=given.max, cpus=given.cpus, idle_s=given.idle_s)

@@ -83,6 +83,9 @@ def test_what_listens_is_what_is_stated_and_down_ends_all_that_was_started(tmp_p
             second = typed(cluster.folder, "up")
             assert second.returncode == 1
             assert "runs in" in second.stderr
+            foreign = typed(cluster.folder.parent, "up")
+            assert foreign.returncode == 1
+            assert "holds something else" in foreign.stderr
             there = started(cluster)
             assert len(there) > 20
         assert [process for process in there if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
