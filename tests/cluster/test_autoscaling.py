@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import SMALL, digests, run
+from harness import SMALL, digests, finish, newest_step, run, start, stop, wait_until
 from local_cluster import Local, local_cluster
+from nodes import several_nodes
 
 from ssl_ray.study.results import read_study
 
@@ -104,3 +105,18 @@ def test_as_many_workers_as_the_grown_cluster_has_room_for(cluster: Local, tmp_p
     cluster.until(lambda: workers() == 2, "two workers, each with a CPU and one for data", job="elastic")
     assert len(cluster.roles()) == 5
     cluster.stop("elastic")
+
+
+def test_workers_are_packed_or_spread_as_the_user_says(tmp_path: Path):
+    with several_nodes({}) as nodes:
+        nodes.add("head", cpus=0)
+        nodes.add("first", cpus=4)
+        nodes.add("second", cpus=4)
+        for pack, used in (("true", 1), ("false", 2)):
+            uri = tmp_path / pack
+            keys = [*KEYS, "train.workers=2", "train.steps=100000", f"train.pack={pack}"]
+            driver = start("pretrain", f"run={uri}", *keys, env=nodes.env)
+            begun = wait_until(lambda uri=uri: newest_step(uri) >= 5, driver, "steps", timeout_s=300)
+            assert begun, finish(driver)[2]
+            assert sum(nodes.has_workers(name) for name in ("first", "second")) == used
+            stop(driver)
