@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             show(value)
         sys.stdout.flush()
+        if options.verb is _submit:
+            return value["exit_code"] or 0
         if options.verb is _doctor and not all(finding["ok"] for finding in value):
             return ResourceError.exit_code
         return DataError.exit_code if options.verb is _data_check and not value["ok"] else 0
@@ -204,6 +206,31 @@ def _doctor(options: argparse.Namespace) -> Result:
     from ssl_ray.doctor import doctor
 
     return doctor(), console.rows_or("nothing was looked at")
+
+
+def _submit(options: argparse.Namespace) -> Result:
+    from ssl_ray import submit
+
+    given = _parse(options.command)  # what is wrong with it is said here, before anything is uploaded
+    if given.verb not in _JOBS:
+        raise UsageError(f"submit: {options.command[0]} does not run as a job. There are: {', '.join(_JOBS.values())}.")
+    if given.verb is _pretrain:
+        read_config(given.config, given.overrides)
+    file = getattr(given, "config", None) or getattr(given, "study", None)
+    if file is not None and options.working_dir is None and Path(file).is_file():
+        raise UsageError(f"{file} is a file of this machine.\nGive --working-dir with a folder that holds it, which is uploaded.")
+
+    def say(text: str) -> None:
+        print(shown(text), file=sys.stderr, flush=True)
+
+    def write(text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
+
+    where, follow = options.working_dir, not options.no_follow
+    done = submit.submit(
+        options.command, address=options.address, working_dir=where, uv=options.uv, follow=follow, show=say, write=write
+    )
+    return done, console.record
 
 
 def _runs_list(options: argparse.Namespace) -> Result:
@@ -431,6 +458,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of a verb. Keys may stand before, between and after them, which argparse does not take on its own."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    if options.verb is _submit:
+        if not rest:
+            parser.error("submit: nothing to submit. For example: ssl-ray submit pretrain run=s3://BUCKET/runs/one")
+        options.command, rest = rest, []
     if hasattr(options, "overrides"):
         keys = [text for text in rest if not text.startswith("-") or (text.startswith("--") and "=" in text)]
         options.overrides = options.overrides + keys
@@ -532,11 +563,49 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("b", help="likewise")
     _add_study(_group(verbs, "study", "Studies: many runs that differ in a few keys, compared."))
     _add(verbs, "doctor", _doctor, "Check this machine: versions, and the ports of Ray that others may reach.")
+    _add_submit(verbs)
     runs = _group(verbs, "runs", "Runs: list.")
     listing = _add(runs, "list", _runs_list, "The runs below a folder or URI.")
     listing.add_argument("uri", nargs="?", default="runs", help="default: runs")
     _add_pages(verbs)
     return parser
+
+
+_JOBS = {
+    _pretrain: "pretrain",
+    _evaluate: "evaluate",
+    _study_run: "study run",
+    _study_resume: "study resume",
+    _data_pack: "data pack",
+    _data_index: "data index",
+    _data_check: "data check",
+}
+
+
+def _add_submit(verbs: Any) -> None:
+    submit = _add(verbs, "submit", _submit, "Run a verb as a job of a Ray cluster, and follow it; Ctrl-C leaves it running.")
+    submit.usage = "ssl-ray submit VERB ... [--address URL] [--working-dir DIR] [--uv] [--no-follow] [--json]"
+    submit.epilog = f"VERB is one of {', '.join(_JOBS.values())}, followed by what it takes.\n\n{_SUBMIT_EXAMPLES}"
+    standard = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    submit.add_argument(
+        "--address",
+        metavar="URL",
+        default=standard,
+        help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, or port 8265 here",
+    )
+    submit.add_argument(
+        "--working-dir", metavar="DIR", help="a folder to upload, with recipes that are files, or with ssl_ray itself"
+    )
+    submit.add_argument(
+        "--uv", action="store_true", help="have uv make the environment from that folder's pyproject.toml and uv.lock"
+    )
+    submit.add_argument("--no-follow", action="store_true", help="do not wait for the job")
+
+
+_SUBMIT_EXAMPLES = """examples:
+  ssl-ray submit pretrain -c cifar10 data.uri=s3://BUCKET/cifar run=s3://BUCKET/runs/one --address http://127.0.0.1:8265
+  ssl-ray submit study run my.yaml -o s3://BUCKET/studies/mine --working-dir .
+"""
 
 
 def _add_study(verbs: Any) -> None:

@@ -35,6 +35,7 @@ LAYERS = {
     "study": 5,
     "dashboard": 6,
     "doctor": 6,
+    "submit": 6,
     "console": 7,
     "cli": 7,
     "__main__": 7,

@@ -200,12 +200,19 @@ function buildTrials() {
   ];
 }
 
+// Of an object its keys and values, those that are null left out.
+function inWords(value) {
+  if (typeof value === "number") return shownNumber(value);
+  if (typeof value !== "object") return `${value}`;
+  const there = Object.entries(value).filter(([, each]) => each !== null);
+  return there.map(([key, each]) => (typeof each === "object" ? `${key} (${inWords(each)})` : `${key} ${inWords(each)}`)).join(", ");
+}
+
 function listed(pairs) {
   const list = element("dl", { class: "facts" });
   for (const [term, text] of pairs) {
     if (text === null || text === undefined || text === "") continue;
-    const parts = typeof text === "object" ? Object.entries(text).map(([key, value]) => `${key} ${typeof value === "string" ? value : JSON.stringify(value)}`) : [text];
-    list.append(element("dt", {}, term), element("dd", {}, parts.join(", ")));
+    list.append(element("dt", {}, term), element("dd", {}, inWords(text)));
   }
   return list;
 }
@@ -287,7 +294,9 @@ function buildRepresentation() {
 
 function buildCompare() {
   const rows = kept();
-  const names = [nameOf(rows[0] ?? 0), nameOf(rows[1] ?? rows[0] ?? 0)];
+  const setting = (row) => JSON.stringify(study.settings[row]);
+  const other = rows.find((row) => setting(row) !== setting(rows[0])) ?? rows[1] ?? rows[0];
+  const names = [nameOf(rows[0] ?? 0), nameOf(other ?? 0)];
   const box = element("div");
   const fill = () => {
     const pair = ["a", "b"].map((key, i) => study.rowOf.get(study.rowOf.has(view[key]) ? view[key] : names[i]));

@@ -16,7 +16,7 @@ from ssl_ray.study.spec import Spec, budgeted, cells, configured, trial_name
 from ssl_ray.train.forecast import forecast
 
 PROBE_STEPS = 3
-START_S = 8.0
+START_S = 4.0
 """Of a trial, for the start of its process and its last read-outs; of small ones the larger part."""
 _MODES: dict[Objective, schema.Mode] = {"linear_accuracy": "max", "knn_accuracy": "max", "alpha": "near", "rankme": "max"}
 ALPHA_TARGET = 1.0

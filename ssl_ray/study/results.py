@@ -35,6 +35,7 @@ from ssl_ray.study.schema import (
     read_head,
     read_optional,
     require,
+    swept_settings,
     trial_config,
     trial_uri,
 )
@@ -268,7 +269,7 @@ def _read_trial(uri: str, head: Head, planned: Planned, *, known: Trial | None, 
     curve = _totals(columns, steps_per_epoch)
     running = state.status == "running"
     return Trial(
-        **vars(planned) | {"settings": {key: planned.settings[key] for key in head.swept if key in planned.settings}},
+        **vars(planned) | {"settings": swept_settings(head, planned)},
         m=m,
         d=d,
         beta=beta,

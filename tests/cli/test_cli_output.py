@@ -31,6 +31,7 @@ OPTIONS = {
     "config diff": {"--json"},
     "runs list": {"--json"},
     "doctor": {"--json"},
+    "submit": {"--json", "--address", "--working-dir", "--uv", "--no-follow"},
     "dashboard": {"--json", "--port", "--host", "--token-file", "--demo"},
     "study run": {"--json", "--output", "--small"} | TRACKERS,
     "study resume": {"--json"} | TRACKERS,
@@ -40,7 +41,7 @@ OPTIONS = {
     "report": {"--json", "--output", "--markdown", "--latex", "--figures"},
 }
 GROUPS = {
-    "": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs", "study", "dashboard", "report", "doctor"},
+    "": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs", "study", "dashboard", "report", "doctor", "submit"},
     "study": {"run", "resume", "status", "stop", "list"},
 }
 GROUPS |= {"data": {"pack", "index", "check", "stats", "preview"}, "config": {"show", "schema", "diff"}, "runs": {"list"}}

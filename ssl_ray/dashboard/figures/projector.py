@@ -5,7 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from ssl_ray.dashboard.drawing import GUIDE, colour, guide_line, log_axis, number, of_trials, powers_of_two, setting, sort_key
+from ssl_ray.dashboard.drawing import (
+    COLOURS,
+    GUIDE,
+    colour,
+    guide_line,
+    log_axis,
+    number,
+    of_trials,
+    powers_of_two,
+    setting,
+    sort_key,
+)
 from ssl_ray.dashboard.figures.shared import (
     ACCURACIES,
     MOST_BANDS,
@@ -25,6 +36,7 @@ from ssl_ray.dashboard.figures.shared import (
 )
 from ssl_ray.study import analysis
 from ssl_ray.study.results import Study, Trial
+from ssl_ray.study.schema import swept_settings
 
 
 def accuracy_over_dim(study: Study, target: float | None = None) -> Figure:
@@ -59,7 +71,7 @@ def accuracy_over_dim(study: Study, target: float | None = None) -> Figure:
                 "name": label,
                 "legendgroup": label,
                 "showlegend": label not in {trace.get("name") for trace in traces},
-                "line": {"color": shade, "width": 2 if len(lines) <= MOST_BANDS else 1},
+                "line": {"color": shade, "width": 2 if len(lines) <= len(COLOURS) else 1},
                 "text": [f"d {d}, {name}: {shown_interval(objective, cell)}" for d, cell in zip(widths, cells, strict=True)],
                 "hoverinfo": "text",
             }
@@ -82,7 +94,7 @@ def _line_label(settings: dict[str, Any]) -> str:
 
 def _all_settings(study: Study) -> list[dict[str, Any]]:
     """Of the planned trials, whether they are selected or not; sorted by all but d, so that colours go with the values."""
-    planned = [trial.settings for trial in study.head.trials]
+    planned = [swept_settings(study.head, trial) for trial in study.head.trials]
     return sorted(planned, key=lambda settings: [sort_key(value) for value in less(settings, "model.projector_dim").values()])
 
 
@@ -116,7 +128,7 @@ def best_beta_over_dim(study: Study) -> Figure:
     all_best: list[analysis.BestBeta] = []
     d, beta = np.array([trial.d for trial in trials]), np.array([trial.beta for trial in trials])
     groups = grouped(trials, lambda trial: without(trial, "model.projector_dim", "loss.beta"))
-    series = list(dict.fromkeys(_series(trial.settings) for trial in head.trials))
+    series = list(dict.fromkeys(_series(swept_settings(head, trial)) for trial in head.trials))
     for group in groups:
         best = analysis.best_beta(d[group], beta[group], values[group], mode=head.mode, target=head.target)
         all_best += best

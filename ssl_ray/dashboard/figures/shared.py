@@ -22,7 +22,7 @@ TITLES = {
     "alpha": "alpha (exponent)",
     "rankme": "RankMe (dimensions)",
 }
-MOST_BANDS = 8
+MOST_BANDS = 3
 """With more lines than these their seed bands would hide each other."""
 MOST_TICKS = 12
 """So many different values have a tick each."""
