@@ -11,7 +11,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -339,22 +339,9 @@ def _data_preview(options: argparse.Namespace) -> Result:
     return {"written": options.output}, console.record
 
 
-@contextlib.contextmanager
-def _dashboard_extra() -> Iterator[None]:
-    """Says what to install where the packages of the pages are absent."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("plotly", "jinja2", "aiohttp"):
-            raise
-        raise UsageError(
-            f"the pages of studies need {error.name}, which is absent.\nRun: pip install 'ssl-ray[dashboard]'"
-        ) from error
-
-
 def _dashboard(options: argparse.Namespace) -> Result:
-    with _dashboard_extra():
-        from ssl_ray.dashboard import demo, server
+    from ssl_ray.dashboard import demo, server
+
     if options.demo == (options.uri is not None):
         raise UsageError("give either the URI of studies or --demo.\nFor example: ssl-ray dashboard studies")
     token = None if options.token_file is None else _read_token(options.token_file)
@@ -377,8 +364,7 @@ def _read_token(file: str) -> str:
 
 
 def _report(options: argparse.Namespace) -> Result:
-    with _dashboard_extra():
-        from ssl_ray.dashboard import report
+    from ssl_ray.dashboard import report
     from ssl_ray.study.results import read_study
 
     if not any((options.output, options.markdown, options.latex, options.figures)):
@@ -495,8 +481,8 @@ def _takes_keys(parser: argparse.ArgumentParser, *, examples: str = "") -> None:
 
 def _takes_trackers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's event files, to RUN/tensorboard")
-    parser.add_argument("--wandb", metavar="PROJECT", help="also tell Weights & Biases (pip install 'ssl-ray[wandb]')")
-    parser.add_argument("--mlflow", metavar="URI", help="also tell the MLflow server there (pip install 'ssl-ray[mlflow]')")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also tell Weights & Biases (pip install wandb)")
+    parser.add_argument("--mlflow", metavar="URI", help="also tell the MLflow server there (pip install mlflow-skinny)")
 
 
 _POWER = re.compile(r"[0-9]{1,3}e[0-9]{1,2}")

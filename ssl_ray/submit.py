@@ -108,9 +108,12 @@ def _client(address: str) -> Any:
     if any(map(os.environ.get, places)) or Path("~/.ray/auth_token").expanduser().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
+        import ray
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
-        raise UsageError("submitting needs packages that are absent.\nRun: pip install 'ssl-ray[cluster]'") from error
+        raise UsageError(
+            f"submitting needs packages that are absent.\nRun: pip install 'ray[default]=={ray.__version__}'"
+        ) from error
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address: got {address}, expected that of the dashboard, as http://127.0.0.1:8265.")
     with _errors(address):

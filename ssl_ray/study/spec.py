@@ -9,7 +9,7 @@
       - {views.count: 2, data.fraction: 1.0}
       - {views.count: 4, data.fraction: 0.5}
     draws: 8                              # of each cell, where something is drawn
-    search: optuna                        # proposes what is drawn (pip install 'ssl-ray[optuna]')
+    search: optuna                        # proposes what is drawn (pip install optuna)
     seeds: [0, 1, 2]
     budget: {views: 1.0e+6}               # or {minutes: 5}: of each trial
     readouts: 10                          # of each trial, evenly over its budget

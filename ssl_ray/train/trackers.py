@@ -77,7 +77,8 @@ def _require(trackers: Trackers) -> None:
             import mlflow  # noqa: F401
     except ModuleNotFoundError as error:
         name = str(error.name).partition(".")[0]
-        raise UsageError(f"--{name} needs a package that is absent.\nRun: pip install 'ssl-ray[{name}]'") from error
+        package = {"mlflow": "mlflow-skinny"}.get(name, name)
+        raise UsageError(f"--{name} needs a package that is absent.\nRun: pip install {package}") from error
 
 
 class _Told:

@@ -125,14 +125,3 @@ def test_mistakes_of_the_verbs_end_in_two_lines(study: Study, tmp_path: Path, ca
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) <= 2, lines
         assert part in " ".join(lines)
-
-
-def test_without_the_extra_the_verbs_say_what_to_install(study: Study, capsys: pytest.CaptureFixture, monkeypatch):
-    import sys
-
-    for name in [name for name in sys.modules if name.startswith("ssl_ray.dashboard")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("ssl_ray.dashboard.report", raising=False)
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert main(["report", study.uri, "--markdown", "-"]) == 2
-    assert "pip install 'ssl-ray[dashboard]'" in capsys.readouterr().err
