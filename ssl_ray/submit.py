@@ -46,6 +46,10 @@ def submit(
     Raises UsageError for files that cannot be packed, ResourceError where the cluster cannot be reached or asked, Stopped
     on Ctrl-C: the job goes on.
     """
+    # Ray looks for the token in these places, but uses it only if it is told so before it is imported.
+    places = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(map(os.environ.get, places)) or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     files = None if working_dir is None else packed(working_dir, uv=uv)
     if files is not None:
         show(f"uploading {working_dir}: {len(files)} files, {_mib(sum(files.values()))} MiB")
@@ -103,10 +107,7 @@ def _mib(size: int) -> str:
 
 
 def _client(address: str) -> Any:
-    """A client of Ray's jobs. The token is where Ray looks for it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
-    places = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    if any(map(os.environ.get, places)) or Path("~/.ray/auth_token").expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    """A client of Ray's jobs."""
     try:
         import ray
         from ray.job_submission import JobSubmissionClient
@@ -124,19 +125,18 @@ def _client(address: str) -> Any:
 def _errors(address: str) -> Any:
     """Ray's many ways to say that a cluster cannot be asked, as ResourceError."""
     import requests
+    from ray.exceptions import AuthenticationError
 
     try:
         yield
     except (KeyboardInterrupt, UsageError, ResourceError, Stopped):
         raise
+    except AuthenticationError as error:
+        text = str(error).partition("\n")[0]
+        raise ResourceError(f"{address}: {text}\nSet RAY_AUTH_TOKEN_PATH to a file with the cluster's token.") from error
     except (RuntimeError, ValueError, OSError, requests.RequestException) as error:
-        text = storage.one_line(error)
-        do = (
-            "Set RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
-            if "oken" in text or "401" in text or "403" in text
-            else "Check that the cluster runs and the tunnel to its dashboard is open."
-        )
-        raise ResourceError(f"{address}: {text[:300]}\n{do}") from error
+        text = storage.one_line(error)[:300]
+        raise ResourceError(f"{address}: {text}\nCheck that the cluster runs and the tunnel to its dashboard is open.") from error
 
 
 def _name(client: Any, command: list[str]) -> tuple[str, bool]:

@@ -1,38 +1,127 @@
-"""Verbs as jobs of a real cluster: followed, left, found again, stopped; and what is refused."""
+"""Verbs as jobs of a real cluster with a token: followed, left, found again, stopped; and what is refused."""
 
-import json
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from nodes import Nodes, free_port, several_nodes
+from command import Done, ssl_ray
+from harness import finish, newest_step, records, start, wait_until
+from nodes import free_port, several_nodes
 
 KEYS = ["views.count=2", "views.size_px=8", "model.projector_dim=16", "evaluate.max_images=50", "checkpoint.every_steps=5"]
+long = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[tuple[Nodes, dict[str, str]]]:
-    """A cluster whose dashboard takes jobs, and the variables of a client."""
+def client() -> Iterator[dict[str, str]]:
+    """The variables of a client of a cluster whose dashboard takes jobs."""
     with several_nodes({}) as nodes:
         port = free_port()
         nodes.add("head", cpus=2, dashboard=port)
-        client = {"RAY_AUTH_TOKEN_PATH": nodes.env["RAY_AUTH_TOKEN_PATH"], "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
-        yield nodes, client
+        yield {"RAY_AUTH_TOKEN_PATH": nodes.env["RAY_AUTH_TOKEN_PATH"], "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
 
 
-def job(cluster, name: str) -> dict:
+def submit(client: dict[str, str], *arguments: str) -> Done:
+    return ssl_ray(client, "submit", *arguments)
 
-    done = subprocess.run(
-        [
-            "python",
-            "-c",
-            f"from ray.job_submission import *; import os; "
-            f"print(JobSubmissionClient(os.environ['RAY_API_SERVER_ADDRESS']).get_job_info({name!r}).json())",
-        ],
-        env=os.environ | cluster[1] | {"RAY_AUTH_MODE": "token"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+
+@long
+@pytest.mark.timeout(600)
+def test_a_job_is_followed_to_its_end_and_the_same_line_is_another_attempt(client, tmp_path: Path):
+    line = ["pretrain", f"run={tmp_path / 'run'}", "train.steps=6", "train.workers=1", *KEYS, "--json"]
+    done = submit(client, *line).ok()
+    assert done.json["status"] == "SUCCEEDED"
+    assert done.json["submission_id"].endswith("-1")
+    assert "step 6" in done.err  # what the job printed
+    assert len(records(tmp_path / "run")) == 6
+    again = submit(client, *line).ok()
+    assert again.json["submission_id"] == done.json["submission_id"][:-1] + "2"
+    assert "is complete" in again.err
+
+
+@long
+@pytest.mark.timeout(600)
+def test_the_exit_code_is_that_of_the_job(client, tmp_path: Path):
+    done = submit(client, "evaluate", str(tmp_path / "none"), "--json")
+    assert (done.code, done.json["status"], done.json["exit_code"]) == (3, "FAILED", 3)
+    assert "no run here" in done.err
+
+
+@long
+@pytest.mark.timeout(600)
+def test_ctrl_c_leaves_the_job_and_the_same_line_finds_it_again(client, tmp_path: Path):
+    run = tmp_path / "run"
+    line = ["submit", "pretrain", f"run={run}", "train.steps=100000", "train.workers=1", *KEYS]
+    first = start(*line, env=client)
+    assert wait_until(lambda: newest_step(run) >= 10, first, "step 10")
+    first.send_signal(signal.SIGINT)
+    code, _, err = finish(first)
+    assert code == 130
+    assert "goes on" in err
+    name = next(word for word in err.split() if word.startswith("ssl-ray-pretrain-"))
+    seen = newest_step(run)
+    second = start(*line, env=client)
+    assert wait_until(lambda: newest_step(run) > seen + 10, second, "ten more steps")
+    stop = ["ray", "job", "stop", "--address", client["RAY_API_SERVER_ADDRESS"], name]
+    subprocess.run(stop, env=os.environ | client | {"RAY_AUTH_MODE": "token"}, check=True, capture_output=True, timeout=200)
+    code, _, err = finish(second)
+    assert code == 130, err
+    assert f"{name} runs already" in err
+    assert [record["step"] for record in records(run)] == list(range(len(records(run))))  # it left a checkpoint
+    marker = (run / "latest.json").read_text()
+    assert f'"step": {len(records(run))}' in marker
+
+
+@long
+@pytest.mark.timeout(600)
+def test_a_recipe_that_is_a_file_comes_with_its_folder(client, tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "small.yaml").write_text("train: {steps: 3, workers: 0}\n")
+    (tmp_path / "mine" / ".rayignore").write_text("big\n")
+    (tmp_path / "mine" / "big").write_bytes(os.urandom(2**20))
+    line = ["-c", "small.yaml", f"run={tmp_path / 'run'}", *KEYS]
+    code, _, err = in_folder(tmp_path / "mine", client, "submit", "pretrain", *line)
+    assert code == 2
+    assert "--working-dir" in err
+    code, _, err = in_folder(tmp_path / "mine", client, "submit", "pretrain", *line, "--working-dir", ".")
+    assert code == 0, err
+    assert "2 files, 0.0 MiB" in err
+    assert len(records(tmp_path / "run")) == 3
+
+
+def in_folder(folder: Path, client: dict[str, str], *arguments: str) -> tuple[int, str, str]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        done = ssl_ray(client, *arguments)
+    finally:
+        os.chdir(before)
+    return done.code, done.out, done.err
+
+
+@long
+def test_a_wrong_token_is_two_lines(client, tmp_path: Path):
+    (tmp_path / "token").write_text("0" * 64)
+    wrong = client | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    submit(wrong, "pretrain", "train.steps=1").refused(4, client["RAY_API_SERVER_ADDRESS"], "RAY_AUTH_TOKEN_PATH")
+
+
+def test_what_cannot_be_submitted_is_refused_before_a_cluster_is_asked(tmp_path: Path):
+    nowhere = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{free_port()}"}
+    submit(nowhere, "pretrain", "views.cuont=4").refused(2, "views.count")
+    submit(nowhere, "doctor").refused(2, "does not run as a job", "study run")
+    submit(nowhere).refused(2, "nothing to submit")
+    submit(nowhere, "pretrain", "--working-dir", str(tmp_path / "none")).refused(2, "no folder")
+    submit(nowhere, "pretrain", "--working-dir", str(tmp_path), "--uv").refused(2, "pyproject.toml")
+    submit(nowhere, "pretrain", "--address", "127.0.0.1:8265").refused(2, "http://127.0.0.1:8265")
+    (tmp_path / "big.bin").write_bytes(b"")
+    os.truncate(tmp_path / "big.bin", 101 * 2**20)
+    (tmp_path / "small").write_text("x")
+    submit(nowhere, "pretrain", "--working-dir", str(tmp_path)).refused(2, "101.0 MiB", "big.bin (101.0)", ".rayignore")
+    began = time.monotonic()
+    submit(nowhere, "pretrain").refused(4, nowhere["RAY_API_SERVER_ADDRESS"], "cluster runs")
+    assert time.monotonic() - began < 100
