@@ -205,7 +205,8 @@ def _config_diff(options: argparse.Namespace) -> Result:
 def _doctor(options: argparse.Namespace) -> Result:
     from ssl_ray.doctor import doctor
 
-    return doctor(), console.rows_or("nothing was looked at")
+    made = None if options.config is None else read_config(options.config, [])
+    return doctor(options.uri, address=options.address, config=made), console.findings
 
 
 def _submit(options: argparse.Namespace) -> Result:
@@ -548,7 +549,12 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("a", help="a recipe's name, a YAML file or a run")
     diff.add_argument("b", help="likewise")
     _add_study(_group(verbs, "study", "Studies: many runs that differ in a few keys, compared."))
-    _add(verbs, "doctor", _doctor, "Check this machine: versions, and the ports of Ray that others may reach.")
+    doctor = _add(
+        verbs, "doctor", _doctor, "Check this machine, a storage, a cluster; exits with 4 where something is to be done."
+    )
+    doctor.add_argument("uri", nargs="?", help="folder or URI where runs shall be: objects are written there, read and removed")
+    doctor.add_argument("--address", metavar="URL", help="of a cluster's dashboard, as http://127.0.0.1:8265")
+    doctor.add_argument("-c", "--config", metavar="RECIPE", help="what shall run on that cluster: is there room for it?")
     _add_submit(verbs)
     runs = _group(verbs, "runs", "Runs: list.")
     listing = _add(runs, "list", _runs_list, "The runs below a folder or URI.")

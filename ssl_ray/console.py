@@ -211,6 +211,15 @@ def rows_or(nothing: str) -> Callable[[list[dict[str, Any]]], None]:
     return lambda values: _table(values) if values else print(nothing)
 
 
+def findings(values: list[dict[str, Any]]) -> None:
+    """A line for each, and what to do below it."""
+    width = max(len(row["check"]) for row in values)
+    for row in values:
+        print(f"{'ok' if row['ok'] else 'TO DO':<5}  {row['check']:<{width}}  {shown(row['found'])}")
+        if row["do"]:
+            print(f"{'':<5}  {'':<{width}}  {shown(row['do'])}")
+
+
 def _table(values: list[dict[str, Any]]) -> None:
     names = list(values[0])
     cells = [names, *([_short(row[name]) for name in names] for row in values)]

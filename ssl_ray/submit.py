@@ -46,16 +46,13 @@ def submit(
     Raises UsageError for files that cannot be packed, ResourceError where the cluster cannot be reached or asked, Stopped
     on Ctrl-C: the job goes on.
     """
-    # Ray looks for the token in these places, but uses it only if it is told so before it is imported.
-    places = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    if any(map(os.environ.get, places)) or Path("~/.ray/auth_token").expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    use_token()
     files = None if working_dir is None else packed(working_dir, uv=uv)
     if files is not None:
         show(f"uploading {working_dir}: {len(files)} files, {_mib(sum(files.values()))} MiB")
-    client = _client(address)
+    client = connected(address)
     entry = shlex.join([*(["uv", "run", "--frozen"] if uv else []), "python", "-m", "ssl_ray", *command])
-    with _errors(address):
+    with errors_of(address):
         name, is_there = _name(client, command)
         if is_there:
             show(f"{name} runs already")
@@ -69,6 +66,13 @@ def submit(
             show(_how_to(name, address))
             return {"submission_id": name, "status": None, "exit_code": None}
         return _followed(client, name, address, write)
+
+
+def use_token() -> None:
+    """Has Ray use the token where it finds one: in these places it looks, but not unless it is told so before it is imported."""
+    places = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(map(os.environ.get, places)) or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def packed(folder: str, *, uv: bool) -> dict[str, int]:
@@ -106,8 +110,9 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.1f}"
 
 
-def _client(address: str) -> Any:
+def connected(address: str) -> Any:
     """A client of Ray's jobs."""
+    use_token()
     try:
         import ray
         from ray.job_submission import JobSubmissionClient
@@ -117,12 +122,12 @@ def _client(address: str) -> Any:
         ) from error
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address: got {address}, expected that of the dashboard, as http://127.0.0.1:8265.")
-    with _errors(address):
+    with errors_of(address):
         return JobSubmissionClient(address)
 
 
 @contextlib.contextmanager
-def _errors(address: str) -> Any:
+def errors_of(address: str) -> Any:
     """Ray's many ways to say that a cluster cannot be asked, as ResourceError."""
     import requests
     from ray.exceptions import AuthenticationError

@@ -30,7 +30,7 @@ OPTIONS = {
     "config schema": {"--json"},
     "config diff": {"--json"},
     "runs list": {"--json"},
-    "doctor": {"--json"},
+    "doctor": {"--json", "--address", "--config"},
     "submit": {"--json", "--address", "--working-dir", "--uv", "--no-follow"},
     "dashboard": {"--json", "--port", "--host", "--token-file", "--demo"},
     "study run": {"--json", "--output", "--small"} | TRACKERS,
