@@ -201,12 +201,13 @@ def _skew(check: str, there: datetime) -> dict[str, Any]:
 
 
 def _cluster(address: str, config: Config | None) -> Iterator[dict[str, Any]]:
-    import ray
     import requests
 
     from ssl_ray.submit import connected, errors_of
 
-    client = connected(address)
+    client = connected(address)  # before Ray is imported, which is told to use the token
+    import ray
+
     with errors_of(address):
         version = client._do_request("GET", "/api/version")
         said = version.json().get("ray_version")
