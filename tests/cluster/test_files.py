@@ -448,7 +448,7 @@ def test_hadolint_finds_a_mistake(good, bad, rule):
 def test_the_image_has_what_the_project_asks_for_and_nothing_that_is_not_pinned():
     asked = [
         *PROJECT["dependencies"],
-        *(each for extra in ("gs", "abfs", "dashboard") for each in PROJECT["optional-dependencies"][extra]),
+        *(each for extra in ("gs", "abfs", "cluster") for each in PROJECT["optional-dependencies"][extra]),
     ]
     needed = [Requirement(each) for each in [*asked, "boto3", "google-api-python-client"]]
     of_ray = [Requirement(each) for each in metadata.requires("ray") or []]  # the cluster's: dashboard, metrics, autoscaler
