@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from ssl_ray import __version__, config, console, storage
 from ssl_ray.config import Config
 from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, UsageError, shown
+from ssl_ray.train import trackers
 from ssl_ray.train.trackers import Trackers, tracked
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         if options.verb is _submit:
             return value["exit_code"] or 0
+        if options.verb in (_study_run, _study_resume) and value["counts"].get("failed"):
+            return SslRayError.exit_code
         if options.verb is _doctor and not all(finding["ok"] for finding in value):
             return ResourceError.exit_code
         return DataError.exit_code if options.verb is _data_check and not value["ok"] else 0
@@ -248,7 +251,13 @@ def _study_run(options: argparse.Namespace) -> Result:
     if options.small and small is None:
         raise UsageError(f"--small: {options.study} has no part `small`, which says what is smaller.")
     made = spec.parse({"name": Path(options.study).stem} | values | (small if options.small else {}), source=options.study)
+    given = [text.removeprefix("--").partition("=")[0] for text in options.overrides]
+    swept = {*made.sweep, *(key for cell in made.cells for key in cell)} & {*given, *made.keys}
+    if swept:
+        raise UsageError(f"{min(swept)} is swept by {options.study}, and cannot be set for all trials.")
+    spec.require_free(made, given, options.study)
     base = read_config(made.recipe, [*(f"{key}={value}" for key, value in made.keys.items()), *options.overrides])
+    trackers.require(_trackers(options))
     uri = storage.absolute(options.output or f"studies/{made.name}{'-small' if options.small else ''}")
     with console.progress(quiet=options.json) as progress:
         begin = functools.partial(prepare.prepare, uri, made, base, progress=progress)
@@ -258,6 +267,8 @@ def _study_run(options: argparse.Namespace) -> Result:
 
 def _study_resume(options: argparse.Namespace) -> Result:
     from ssl_ray.study import run
+
+    trackers.require(_trackers(options))
 
     with console.progress(quiet=options.json) as progress:
         study = run.run(storage.absolute(options.uri), progress=progress, trackers=_trackers(options))
@@ -364,12 +375,27 @@ def _read_token(file: str) -> str:
         ) from error
 
 
+def _require_outputs(files: list[str | None], *, below: str) -> None:
+    """Raises UsageError for what cannot be written: no file, a folder that is not there, a file of the study, one for two."""
+    given = [storage.absolute(file) for file in files if file]
+    for file in given:
+        inside = file.removeprefix(storage.absolute(below).rstrip("/") + "/")
+        if inside != file and inside.partition("/")[0] in ("study.json", "summary.json", "trials", "stops", "lease"):
+            raise UsageError(f"{file}: part of the study, which stays as it is. Give another place.")
+        if given.count(file) > 1:
+            raise UsageError(f"{file}: got for two texts, expected a file each.")
+        path = Path(file.removeprefix("file://"))
+        if storage.is_local(file) and ((path.exists() and not path.is_file()) or path.is_symlink() or not path.parent.is_dir()):
+            raise UsageError(f"{file}: expected a file in a folder that is there.")
+
+
 def _report(options: argparse.Namespace) -> Result:
     from ssl_ray.dashboard import report
     from ssl_ray.study.results import read_study
 
     if not any((options.output, options.markdown, options.latex, options.figures)):
         raise UsageError("nothing to write. Give -o study.html, --markdown FILE, --latex FILE or --figures FOLDER.")
+    _require_outputs([options.output, options.markdown, options.latex], below=options.uri)
     if options.figures:
         report.browser()  # before the work, if it is not there
     study = read_study(storage.absolute(options.uri))

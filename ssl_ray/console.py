@@ -106,7 +106,8 @@ def _trial_line(value: dict[str, Any]) -> str:
     if value["status"] == "complete":
         what += f": {value['objective']} {_short(value['result'])}"
     elif why := value.get("error") or value.get("reason"):
-        what += f": {in_line(why.splitlines()[-1])}"
+        lines = why.splitlines()  # an error of ours begins with what is wrong, a traceback ends with it
+        what += f": {in_line(lines[0] if len(lines) <= 2 else lines[-1])}"
     return f"{value['name']} {what} ({value['ended']} of {value['trials']} ended)"
 
 

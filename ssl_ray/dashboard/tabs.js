@@ -44,6 +44,12 @@ function objectiveFirst() {
   return best ?? kept()[0] ?? 0;
 }
 
+// The best of the chosen trials; in a file, of those of which it holds something.
+function firstOf(held) {
+  const best = nameOf(objectiveFirst());
+  return !held || best in held ? best : Object.keys(held)[0] ?? best;
+}
+
 const nameOf = (row) => column("name").values[row];
 
 const BUILD = {
@@ -282,7 +288,7 @@ function studyFacts() {
 }
 
 function buildRepresentation() {
-  const which = () => (study.rowOf.has(view.trial) ? view.trial : LIVE ? nameOf(objectiveFirst()) : Object.keys(INLINED.spectra)[0] ?? nameOf(objectiveFirst()));
+  const which = () => (study.rowOf.has(view.trial) ? view.trial : firstOf(INLINED?.spectra));
   const none = { data: [], layout: { annotations: [{ xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false, text: "Not stored in this file for this trial.", font: { size: 14 } }] } };
   const drawn = async () => (LIVE ? (await ask("spectrum", { study: view.study, trial: which() })).value : INLINED.spectra[which()] ?? none);
   return [
@@ -328,7 +334,7 @@ function buildCompare() {
 
 function buildGallery() {
   const box = element("div", { class: "gallery" });
-  const which = () => (study.rowOf.has(view.trial) ? view.trial : LIVE ? nameOf(objectiveFirst()) : Object.keys(INLINED.gallery.pictures)[0] ?? nameOf(0));
+  const which = () => (study.rowOf.has(view.trial) ? view.trial : firstOf(INLINED?.gallery.pictures));
   const picture = (source) => {
     const image = element("img", { src: source, alt: `views of some images as trial ${which()} sees them` });
     box.replaceChildren(image, element("p", { class: "note" }, "A row is an image: first its plain view, then the m views of epoch 0, drawn from the trial's seed."));

@@ -61,6 +61,8 @@ def run_trial(given: dict[str, Any]) -> None:
     views = made.train.batch * made.views.count
 
     def progress(kind: str, value: dict[str, Any]) -> None:
+        if kind == "stage" and "is told no more" in value["text"]:
+            tune.report({"note": value["text"]})
         # Not of the last: who has had its whole budget is not ended early.
         if kind == "evaluation" and value["step"] and value["step"] < planned.settings["train.steps"]:
             tune.report({SCORE: score(head, value), "views": value["step"] * views})
@@ -83,7 +85,7 @@ def ask_to_stop(uri: str, name: str | None) -> None:
     """Has a study that runs stop with checkpoints, or end one trial of it for good."""
     names = [trial.name for trial in schema.read_head(uri).trials]
     if name is not None and name not in names:
-        raise UsageError(f"{name}: no trial of {uri}. There are {len(names)}, the first is {names[0]}.")
+        raise UsageError(f"{name}: no trial of {uri}. There are {len(names)}{f', the first is {names[0]}' if names else ''}.")
     at = storage.join(uri, "stop") if name is None else storage.join(uri, "stops", name)
     storage.write_atomic(at, b"")
 
@@ -164,7 +166,9 @@ def run(uri: str, *, begin: Callable[[], Head] | None = None, progress: Progress
             asked.stop_here("while it was seen whether another driver runs this study")
             progress("stage", {"text": text})
 
-        if begin is not None and storage.is_local(uri):
+        if begin is None:
+            schema.read_head(uri)  # before there is a lease in what is no study
+        elif storage.is_local(uri):
             os.makedirs(storage.absolute(uri), exist_ok=True)
         with lease.held(uri, wait=wait):
             storage.remove(storage.join(uri, "stop"))
@@ -215,7 +219,8 @@ def _tune(trials: Trials, keeper: "Keeper", *, asked: Any, progress: Progress, t
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         at_a_time = concurrency(session.available, configs)
-        progress("stage", {"text": f"{len(trials.todo) or trials.total} trials to run, {at_a_time} at a time"})
+        missing = len(trials.todo) + trials.total - len(trials.states)
+        progress("stage", {"text": f"{missing} trials to run, {at_a_time} at a time"})
         cpus = max(min(made.train.threads, session.available["CPU"]) if alone(made) else WAITS_CPUS for made in configs)
         given = {"study": trials.uri, "trackers": dataclasses.asdict(trackers), "share": (1 - at_a_time * WAITS_CPUS) / at_a_time}
         tuner = tune.Tuner(
@@ -375,6 +380,8 @@ class Keeper:
                 name = trial.config["trial"]
                 if SCORE in result:
                     keeper.trials.reached.setdefault(name, []).append((result["views"], result[SCORE]))
+                if "note" in result:
+                    keeper.progress("stage", {"text": f"{name}: {result['note']}"})
                 for key in ("error", "stopped"):
                     if key in result:
                         keeper.said[name] = {key: result[key]}

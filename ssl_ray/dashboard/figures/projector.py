@@ -20,10 +20,12 @@ from ssl_ray.dashboard.drawing import (
 from ssl_ray.dashboard.figures.shared import (
     ACCURACIES,
     MOST_BANDS,
+    MOST_BARS,
     MOST_TICKS,
     NO_RESULT,
     Figure,
     band,
+    error_bars,
     figure,
     grouped,
     less,
@@ -42,8 +44,8 @@ from ssl_ray.study.schema import swept_settings
 def accuracy_over_dim(study: Study, target: float | None = None) -> Figure:
     """The objective over the projector's dimension: a line for each beta, and the best of each d.
 
-    A point is the mean over seeds, the band its t interval (up to MOST_BANDS lines). Where more than d and beta differ, each
-    of their combinations has a line of its own in the colour of its beta.
+    A point is the mean over seeds, with its t interval as a band (up to MOST_BANDS lines) or bars (up to MOST_BARS).
+    Where more than d and beta differ, each of their combinations has a line of its own in the colour of its beta.
     """
     objective, head = study.head.objective, study.head
     trials, values = results_of(study, objective)
@@ -60,7 +62,8 @@ def accuracy_over_dim(study: Study, target: float | None = None) -> Figure:
         found += zip(widths, cells, who, strict=True)
         name = setting(without(trials[line[0]], "model.projector_dim")) or label
         shade = colour(different.index(label), len(different))
-        if len(lines) <= MOST_BANDS:
+        few = len(lines) <= MOST_BANDS
+        if few:
             traces += band(widths, cells, who, trials, fillcolor=shade, legendgroup=label)
         traces.append(
             {
@@ -75,6 +78,7 @@ def accuracy_over_dim(study: Study, target: float | None = None) -> Figure:
                 "text": [f"d {d}, {name}: {shown_interval(objective, cell)}" for d, cell in zip(widths, cells, strict=True)],
                 "hoverinfo": "text",
             }
+            | ({"error_y": error_bars(cells, shade)} if not few and len(lines) <= MOST_BARS else {})
             | of_trials(trials, who)
         )
     if len(lines) > 1:
