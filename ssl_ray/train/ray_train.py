@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from ssl_ray import plan, ray_stream, storage, stream
 from ssl_ray.config import Config, Train, Workers
 from ssl_ray.errors import ResourceError, SslRayError, TrainingError
-from ssl_ray.train import runs
+from ssl_ray.train import logs, runs
 from ssl_ray.train.cluster import answers, require_cpus
 
 if TYPE_CHECKING:
@@ -289,7 +290,10 @@ def _work_or_raise(given: dict[str, Any]) -> "loop.Outcome":
     group = dist.group.WORLD if context.get_world_size() > 1 else None
     rank, asked = context.get_world_rank(), get_train_context().preemption_context
     step = runs.read_marker(run).step
-    with contextlib.closing(Watchdog(config.train.stall_s, step=step, group=group, stalled=_raise_in_worker)) as watchdog:
+    with (
+        contextlib.closing(Watchdog(config.train.stall_s, step=step, group=group, stalled=_raise_in_worker)) as watchdog,
+        logs.kept(run, rank=rank, step=lambda: watchdog.step),
+    ):
         shard = ray.train.get_dataset_shard("train")  # comes first: this start of the workers is counted when it is made
         tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
         batches = ray_stream.ray_batches(tables)
@@ -342,6 +346,8 @@ def train(
     reference = ray.put(data)
     # Ray passes these on to the processes that need them.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(last_resort_s(config.train.stall_s))
+    if ray._private.worker.get_dashboard_url():  # whose Train page a process of its own fills
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     at, failed = -1, 0
     while True:
         step = runs.read_marker(run).step
@@ -393,6 +399,7 @@ def _train_once(
             placement_strategy="PACK" if resources.gpus else "SPREAD",  # views stay where they are made, and not all is lost
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # that of Train v2
+            name=f"{logs.short_name(run)}-{uuid.uuid4().hex[:8]}",  # on Ray's pages; Ray would continue one that it knows
             storage_path=scratch,
             failure_config=ray.train.FailureConfig(max_failures=-1),
             worker_runtime_env={"env_vars": environment} if environment else None,
