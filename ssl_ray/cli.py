@@ -237,6 +237,12 @@ def _submit(options: argparse.Namespace) -> Result:
     return done, console.record
 
 
+def _debug(options: argparse.Namespace) -> Result:
+    from ssl_ray.debug import debug, default_output
+
+    return debug(options.run, options.output or default_output(options.run)), console.bundle
+
+
 def _runs_list(options: argparse.Namespace) -> Result:
     from ssl_ray.train.runs import list_runs
 
@@ -582,6 +588,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--address", metavar="URL", help="of a cluster's dashboard, as http://127.0.0.1:8265")
     doctor.add_argument("-c", "--config", metavar="RECIPE", help="what shall run on that cluster: is there room for it?")
     _add_submit(verbs)
+    debug = _add(verbs, "debug", _debug, "Collect what tells why a run failed into one zip, without secrets.")
+    debug.add_argument("run", help="folder or URI of the run")
+    debug.add_argument("-o", "--output", metavar="FILE.zip", help="the zip to write; default: ssl-ray-debug-NAME.zip")
     runs = _group(verbs, "runs", "Runs: list.")
     listing = _add(runs, "list", _runs_list, "The runs below a folder or URI.")
     listing.add_argument("uri", nargs="?", default="runs", help="default: runs")

@@ -207,6 +207,12 @@ def record(values: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {_short(value)}")
 
 
+def bundle(values: dict[str, Any]) -> None:
+    """What a zip of `ssl-ray debug` holds."""
+    _table(values["files"])
+    print(f"\nWritten: {in_line(values['written'])} ({values['bytes'] / 1000:,.0f} kB). Look through it before you hand it on.")
+
+
 def rows_or(nothing: str) -> Callable[[list[dict[str, Any]]], None]:
     """Shows a table with a line for each of the values, which have the same keys; `nothing` where there are none."""
     return lambda values: _table(values) if values else print(nothing)

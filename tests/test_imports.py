@@ -36,6 +36,7 @@ LAYERS = {
     "dashboard": 6,
     "doctor": 6,
     "submit": 6,
+    "debug": 6,
     "console": 7,
     "cli": 7,
     "__main__": 7,
@@ -170,6 +171,7 @@ VERBS = [
     ["runs", "list"],
     ["dashboard"],
     ["doctor"],
+    ["debug"],
     ["report"],
 ]
 

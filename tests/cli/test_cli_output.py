@@ -32,6 +32,7 @@ OPTIONS = {
     "runs list": {"--json"},
     "doctor": {"--json", "--address", "--config"},
     "submit": {"--json", "--address", "--working-dir", "--uv", "--no-follow"},
+    "debug": {"--json", "--output"},
     "dashboard": {"--json", "--port", "--host", "--token-file", "--demo"},
     "study run": {"--json", "--output", "--small"} | TRACKERS,
     "study resume": {"--json"} | TRACKERS,
@@ -41,7 +42,7 @@ OPTIONS = {
     "report": {"--json", "--output", "--markdown", "--latex", "--figures"},
 }
 GROUPS = {
-    "": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs", "study", "dashboard", "report", "doctor", "submit"},
+    "": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs", "study", "dashboard", "report", "doctor", "submit", "debug"},
     "study": {"run", "resume", "status", "stop", "list"},
 }
 GROUPS |= {"data": {"pack", "index", "check", "stats", "preview"}, "config": {"show", "schema", "diff"}, "runs": {"list"}}
