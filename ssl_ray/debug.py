@@ -182,13 +182,21 @@ def _add_logs(bundle: _Bundle, uri: str) -> None:
 
 
 def _sessions() -> list[Path]:
-    """Folders of Ray's sessions on this machine, those of its processes too, the newest last."""
+    """Folders of Ray's sessions of this user on this machine, those of its processes too, the newest last."""
     folders = {Path(os.path.realpath(path)) for pattern in ("session_*", "*/session_*") for path in SCRATCH.glob(pattern)}
     for process in psutil.process_iter(["cmdline"]):
         for part in process.info["cmdline"] or []:
             if part.startswith(("--session-dir=", "--session_dir=")):
                 folders.add(Path(os.path.realpath(part.partition("=")[2])))
-    return sorted(folders, key=lambda folder: folder.name)
+    return sorted((folder for folder in folders if _is_mine(folder)), key=lambda folder: folder.name)
+
+
+def _is_mine(path: Path) -> bool:
+    """Whether this user made it, for others may leave a link to a file of this user's where logs are looked for."""
+    try:
+        return path.lstat().st_uid == os.getuid() and not path.is_symlink()
+    except OSError:
+        return False
 
 
 def _logs_of(folder: Path, uri: str) -> list[str]:
@@ -205,7 +213,7 @@ def _logs_of(folder: Path, uri: str) -> list[str]:
 
 def _listed(folder: Path) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return sorted(name for name in os.listdir(folder) if _is_mine(folder / name) and (folder / name).is_file())
     except OSError:
         return []
 
