@@ -212,8 +212,10 @@ def _logs_of(folder: Path, uri: str) -> list[str]:
 
 
 def _listed(folder: Path) -> list[str]:
+    """Names of the files of this user in a folder that are not empty."""
     try:
-        return sorted(name for name in os.listdir(folder) if _is_mine(folder / name) and (folder / name).is_file())
+        names = sorted(os.listdir(folder))
+        return [name for name in names if _is_mine(at := folder / name) and at.is_file() and at.stat().st_size]
     except OSError:
         return []
 
