@@ -346,7 +346,7 @@ def train(
     reference = ray.put(data)
     # Ray passes these on to the processes that need them.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(last_resort_s(config.train.stall_s))
-    if ray._private.worker.get_dashboard_url():  # whose Train page a process of its own fills
+    if ray._private.services.get_webui_url_from_internal_kv():  # a dashboard, whose Train page a process of its own fills
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     at, failed = -1, 0
     while True:
