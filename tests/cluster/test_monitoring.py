@@ -142,6 +142,13 @@ def runs_seen(address: str) -> set[str]:
     return set()
 
 
+def end(driver: subprocess.Popen) -> None:
+    """Kills a driver that a failed test left behind."""
+    if driver.poll() is None:
+        driver.kill()
+        finish(driver)
+
+
 STUDY = """
 recipe: digits
 keys: {train.workers: 0, train.steps: 1000000}
@@ -151,7 +158,7 @@ seeds: [0]
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_prometheus_and_the_train_page_show_a_run_and_a_trial_of_a_study(tmp_path):
     run = tmp_path / "run"
     keys = [*SMALL, "train.batch=32", "train.steps=1000000", "evaluate.max_images=50", "checkpoint.every_steps=100"]
@@ -161,7 +168,7 @@ def test_prometheus_and_the_train_page_show_a_run_and_a_trial_of_a_study(tmp_pat
         token = Path(nodes.env["RAY_AUTH_TOKEN_PATH"]).read_text()
         with prometheus(tmp_path, nodes, dashboard) as address, contextlib.ExitStack() as undo:
             driver = start("pretrain", f"run={run}", "train.workers=2", *keys, env=nodes.env)
-            undo.callback(driver.kill)
+            undo.callback(end, driver)
 
             def told() -> bool:
                 return str(run) in runs_seen(address) and bool(ask(address, "ssl:data_held_back and ssl:data_held_back > 0"))
@@ -187,6 +194,8 @@ def test_prometheus_and_the_train_page_show_a_run_and_a_trial_of_a_study(tmp_pat
             pages = get(f"http://127.0.0.1:{dashboard}/api/train/v2/runs/v1", token)["train_runs"]
             assert [(page["name"].rpartition("-")[0], page["status"]) for page in pages] == [("run", "RUNNING")]
             position = int(value["ssl:position"])
+            next(each for each in nodes.family("head") if "RayTrainWorker" in " ".join(each.cmdline())).kill()
+            assert wait_until(lambda: bool(ask(address, "ssl:restarts == 1")), driver, "the restart"), finish(driver)[2]
             driver.terminate()
             assert finish(driver)[0] == 130
             assert position <= json.loads((run / "latest.json").read_text())["step"]
@@ -194,7 +203,7 @@ def test_prometheus_and_the_train_page_show_a_run_and_a_trial_of_a_study(tmp_pat
             (tmp_path / "tiny.yaml").write_text(STUDY)
             study = tmp_path / "study"
             driver = start("study", "run", f"{tmp_path / 'tiny.yaml'}", "-o", f"{study}", *keys[:-3], env=nodes.env)
-            undo.callback(driver.kill)
+            undo.callback(end, driver)
             trial = str(study / "trials")
 
             def trial_told() -> bool:
@@ -212,7 +221,7 @@ def test_prometheus_and_the_train_page_show_a_run_and_a_trial_of_a_study(tmp_pat
             (1, str(run)),
         }
         said = [line for each in lines.values() for line in each]
-        assert {line["level"] for line in said} == {"INFO"}
+        assert {line["rank"] for line in said if line["level"] == "ERROR"} <= {0, 1}  # of the worker that lost the one killed
         (committed,) = [line["step"] for line in said if line["message"].startswith("step 100 committed")]
         assert committed >= 100
         assert all(line["time"].endswith("+00:00") for line in said)
