@@ -97,7 +97,7 @@ def debug(run: str, output: str) -> dict[str, Any]:
         bundle = _Bundle(archive, _secrets())
         _add_run(bundle, uri)
         bundle.add("versions.json", lambda: _json(_versions()))
-        bundle.add("doctor.json", lambda: _json(doctor()))
+        bundle.add("doctor.json", lambda: _json(doctor(None, address=None, config=None)))
         _add_logs(bundle, uri)
         head = {"run": bundle.clean(uri), "made": time.time(), "files": bundle.contents}
         archive.writestr("contents.json", _json(head))

@@ -42,7 +42,21 @@ OPTIONS = {
     "report": {"--json", "--output", "--markdown", "--latex", "--figures"},
 }
 GROUPS = {
-    "": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs", "study", "dashboard", "report", "doctor", "submit", "debug"},
+    "": {
+        "pretrain",
+        "evaluate",
+        "plan",
+        "profile",
+        "data",
+        "config",
+        "runs",
+        "study",
+        "dashboard",
+        "report",
+        "doctor",
+        "submit",
+        "debug",
+    },
     "study": {"run", "resume", "status", "stop", "list"},
 }
 GROUPS |= {"data": {"pack", "index", "check", "stats", "preview"}, "config": {"show", "schema", "diff"}, "runs": {"list"}}
