@@ -80,12 +80,14 @@ def alerts_tested(series: dict[str, str], firing: set[str]) -> dict:
     return {"interval": "15s", "input_series": given, "promql_expr_test": asked}
 
 
+@pytest.mark.long
 def test_promtool_accepts_the_files(tmp_path):
     for name in ("rules.yml", "prometheus.yml"):
         shutil.copy(FILES / name, tmp_path)
     subprocess.run(["promtool", "check", "config", tmp_path / "prometheus.yml"], check=True, capture_output=True, timeout=60)
 
 
+@pytest.mark.long
 def test_each_alert_fires_on_its_illness_alone(tmp_path):
     shutil.copy(FILES / "rules.yml", tmp_path)
     complete = {f"ray_ssl_position{RUN}": "0+15x40 100000x200"}
