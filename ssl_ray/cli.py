@@ -11,13 +11,14 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ssl_ray import __version__, config, console, storage
 from ssl_ray.config import Config
 from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, UsageError, shown
+from ssl_ray.train import trackers
 from ssl_ray.train.trackers import Trackers, tracked
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -39,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             show(value)
         sys.stdout.flush()
+        if options.verb is _submit:
+            return value["exit_code"] or 0
+        if options.verb in (_study_run, _study_resume) and value["counts"].get("failed"):
+            return SslRayError.exit_code
         if options.verb is _doctor and not all(finding["ok"] for finding in value):
             return ResourceError.exit_code
         return DataError.exit_code if options.verb is _data_check and not value["ok"] else 0
@@ -203,7 +208,39 @@ def _config_diff(options: argparse.Namespace) -> Result:
 def _doctor(options: argparse.Namespace) -> Result:
     from ssl_ray.doctor import doctor
 
-    return doctor(), console.rows_or("nothing was looked at")
+    made = None if options.config is None else read_config(options.config, [])
+    return doctor(options.uri, address=options.address, config=made), console.findings
+
+
+def _submit(options: argparse.Namespace) -> Result:
+    from ssl_ray import submit
+
+    given = _parse(options.command)  # what is wrong with it is said here, before anything is uploaded
+    if given.verb not in _JOBS:
+        raise UsageError(f"submit: {options.command[0]} does not run as a job. There are: {', '.join(_JOBS.values())}.")
+    if given.verb is _pretrain:
+        read_config(given.config, given.overrides)
+    file = getattr(given, "config", None) or getattr(given, "study", None)
+    if file is not None and options.working_dir is None and Path(file).is_file():
+        raise UsageError(f"{file} is a file of this machine.\nGive --working-dir with a folder that holds it, which is uploaded.")
+
+    def say(text: str) -> None:
+        print(shown(text), file=sys.stderr, flush=True)
+
+    def write(text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
+
+    where, follow = options.working_dir, not options.no_follow
+    done = submit.submit(
+        options.command, address=options.address, working_dir=where, uv=options.uv, follow=follow, show=say, write=write
+    )
+    return done, console.record
+
+
+def _debug(options: argparse.Namespace) -> Result:
+    from ssl_ray.debug import debug, default_output
+
+    return debug(options.run, options.output or default_output(options.run)), console.bundle
 
 
 def _runs_list(options: argparse.Namespace) -> Result:
@@ -220,7 +257,13 @@ def _study_run(options: argparse.Namespace) -> Result:
     if options.small and small is None:
         raise UsageError(f"--small: {options.study} has no part `small`, which says what is smaller.")
     made = spec.parse({"name": Path(options.study).stem} | values | (small if options.small else {}), source=options.study)
+    given = [text.removeprefix("--").partition("=")[0] for text in options.overrides]
+    swept = {*made.sweep, *(key for cell in made.cells for key in cell)} & {*given, *made.keys}
+    if swept:
+        raise UsageError(f"{min(swept)} is swept by {options.study}, and cannot be set for all trials.")
+    spec.require_free(made, given, options.study)
     base = read_config(made.recipe, [*(f"{key}={value}" for key, value in made.keys.items()), *options.overrides])
+    trackers.require(_trackers(options))
     uri = storage.absolute(options.output or f"studies/{made.name}{'-small' if options.small else ''}")
     with console.progress(quiet=options.json) as progress:
         begin = functools.partial(prepare.prepare, uri, made, base, progress=progress)
@@ -230,6 +273,8 @@ def _study_run(options: argparse.Namespace) -> Result:
 
 def _study_resume(options: argparse.Namespace) -> Result:
     from ssl_ray.study import run
+
+    trackers.require(_trackers(options))
 
     with console.progress(quiet=options.json) as progress:
         study = run.run(storage.absolute(options.uri), progress=progress, trackers=_trackers(options))
@@ -312,22 +357,9 @@ def _data_preview(options: argparse.Namespace) -> Result:
     return {"written": options.output}, console.record
 
 
-@contextlib.contextmanager
-def _dashboard_extra() -> Iterator[None]:
-    """Says what to install where the packages of the pages are absent."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("plotly", "jinja2", "aiohttp"):
-            raise
-        raise UsageError(
-            f"the pages of studies need {error.name}, which is absent.\nRun: pip install 'ssl-ray[dashboard]'"
-        ) from error
-
-
 def _dashboard(options: argparse.Namespace) -> Result:
-    with _dashboard_extra():
-        from ssl_ray.dashboard import demo, server
+    from ssl_ray.dashboard import demo, server
+
     if options.demo == (options.uri is not None):
         raise UsageError("give either the URI of studies or --demo.\nFor example: ssl-ray dashboard studies")
     token = None if options.token_file is None else _read_token(options.token_file)
@@ -349,13 +381,27 @@ def _read_token(file: str) -> str:
         ) from error
 
 
+def _require_outputs(files: list[str | None], *, below: str) -> None:
+    """Raises UsageError for what cannot be written: no file, a folder that is not there, a file of the study, one for two."""
+    given = [storage.absolute(file) for file in files if file]
+    for file in given:
+        inside = file.removeprefix(storage.absolute(below).rstrip("/") + "/")
+        if inside != file and inside.partition("/")[0] in ("study.json", "summary.json", "trials", "stops", "lease"):
+            raise UsageError(f"{file}: part of the study, which stays as it is. Give another place.")
+        if given.count(file) > 1:
+            raise UsageError(f"{file}: got for two texts, expected a file each.")
+        path = Path(file.removeprefix("file://"))
+        if storage.is_local(file) and ((path.exists() and not path.is_file()) or path.is_symlink() or not path.parent.is_dir()):
+            raise UsageError(f"{file}: expected a file in a folder that is there.")
+
+
 def _report(options: argparse.Namespace) -> Result:
-    with _dashboard_extra():
-        from ssl_ray.dashboard import report
+    from ssl_ray.dashboard import report
     from ssl_ray.study.results import read_study
 
     if not any((options.output, options.markdown, options.latex, options.figures)):
         raise UsageError("nothing to write. Give -o study.html, --markdown FILE, --latex FILE or --figures FOLDER.")
+    _require_outputs([options.output, options.markdown, options.latex], below=options.uri)
     if options.figures:
         report.browser()  # before the work, if it is not there
     study = read_study(storage.absolute(options.uri))
@@ -431,6 +477,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of a verb. Keys may stand before, between and after them, which argparse does not take on its own."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    if options.verb is _submit:
+        if not rest:
+            parser.error("submit: nothing to submit. For example: ssl-ray submit pretrain run=s3://BUCKET/runs/one")
+        options.command, rest = rest, []
     if hasattr(options, "overrides"):
         keys = [text for text in rest if not text.startswith("-") or (text.startswith("--") and "=" in text)]
         options.overrides = options.overrides + keys
@@ -464,8 +514,8 @@ def _takes_keys(parser: argparse.ArgumentParser, *, examples: str = "") -> None:
 
 def _takes_trackers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's event files, to RUN/tensorboard")
-    parser.add_argument("--wandb", metavar="PROJECT", help="also tell Weights & Biases (pip install 'ssl-ray[wandb]')")
-    parser.add_argument("--mlflow", metavar="URI", help="also tell the MLflow server there (pip install 'ssl-ray[mlflow]')")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also tell Weights & Biases (pip install wandb)")
+    parser.add_argument("--mlflow", metavar="URI", help="also tell the MLflow server there (pip install mlflow-skinny)")
 
 
 _POWER = re.compile(r"[0-9]{1,3}e[0-9]{1,2}")
@@ -531,12 +581,58 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("a", help="a recipe's name, a YAML file or a run")
     diff.add_argument("b", help="likewise")
     _add_study(_group(verbs, "study", "Studies: many runs that differ in a few keys, compared."))
-    _add(verbs, "doctor", _doctor, "Check this machine: versions, and the ports of Ray that others may reach.")
+    doctor = _add(
+        verbs, "doctor", _doctor, "Check this machine, a storage, a cluster; exits with 4 where something is to be done."
+    )
+    doctor.add_argument("uri", nargs="?", help="folder or URI where runs shall be: objects are written there, read and removed")
+    doctor.add_argument("--address", metavar="URL", help="of a cluster's dashboard, as http://127.0.0.1:8265")
+    doctor.add_argument("-c", "--config", metavar="RECIPE", help="what shall run on that cluster: is there room for it?")
+    _add_submit(verbs)
+    debug = _add(verbs, "debug", _debug, "Collect what tells why a run failed into one zip, without secrets.")
+    debug.add_argument("run", help="folder or URI of the run")
+    debug.add_argument("-o", "--output", metavar="FILE.zip", help="the zip to write; default: ssl-ray-debug-NAME.zip")
     runs = _group(verbs, "runs", "Runs: list.")
     listing = _add(runs, "list", _runs_list, "The runs below a folder or URI.")
     listing.add_argument("uri", nargs="?", default="runs", help="default: runs")
     _add_pages(verbs)
     return parser
+
+
+_JOBS = {
+    _pretrain: "pretrain",
+    _evaluate: "evaluate",
+    _study_run: "study run",
+    _study_resume: "study resume",
+    _data_pack: "data pack",
+    _data_index: "data index",
+    _data_check: "data check",
+}
+
+
+def _add_submit(verbs: Any) -> None:
+    submit = _add(verbs, "submit", _submit, "Run a verb as a job of a Ray cluster, and follow it; Ctrl-C leaves it running.")
+    submit.usage = "ssl-ray submit VERB ... [--address URL] [--working-dir DIR] [--uv] [--no-follow] [--json]"
+    submit.epilog = f"VERB is one of {', '.join(_JOBS.values())}, followed by what it takes.\n\n{_SUBMIT_EXAMPLES}"
+    standard = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    submit.add_argument(
+        "--address",
+        metavar="URL",
+        default=standard,
+        help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, or port 8265 here",
+    )
+    submit.add_argument(
+        "--working-dir", metavar="DIR", help="a folder to upload, with recipes that are files, or with ssl_ray itself"
+    )
+    submit.add_argument(
+        "--uv", action="store_true", help="have uv make the environment from that folder's pyproject.toml and uv.lock"
+    )
+    submit.add_argument("--no-follow", action="store_true", help="do not wait for the job")
+
+
+_SUBMIT_EXAMPLES = """examples:
+  ssl-ray submit pretrain -c cifar10 data.uri=s3://BUCKET/cifar run=s3://BUCKET/runs/one --address http://127.0.0.1:8265
+  ssl-ray submit study run my.yaml -o s3://BUCKET/studies/mine --working-dir .
+"""
 
 
 def _add_study(verbs: Any) -> None:

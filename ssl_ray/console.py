@@ -106,7 +106,8 @@ def _trial_line(value: dict[str, Any]) -> str:
     if value["status"] == "complete":
         what += f": {value['objective']} {_short(value['result'])}"
     elif why := value.get("error") or value.get("reason"):
-        what += f": {in_line(why.splitlines()[-1])}"
+        lines = why.splitlines()  # an error of ours begins with what is wrong, a traceback ends with it
+        what += f": {in_line(lines[0] if len(lines) <= 2 else lines[-1])}"
     return f"{value['name']} {what} ({value['ended']} of {value['trials']} ended)"
 
 
@@ -206,9 +207,24 @@ def record(values: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {_short(value)}")
 
 
+def bundle(values: dict[str, Any]) -> None:
+    """What a zip of `ssl-ray debug` holds."""
+    _table(values["files"])
+    print(f"\nWritten: {in_line(values['written'])} ({values['bytes'] / 1000:,.0f} kB). Look through it before you hand it on.")
+
+
 def rows_or(nothing: str) -> Callable[[list[dict[str, Any]]], None]:
     """Shows a table with a line for each of the values, which have the same keys; `nothing` where there are none."""
     return lambda values: _table(values) if values else print(nothing)
+
+
+def findings(values: list[dict[str, Any]]) -> None:
+    """A line for each, and what to do below it."""
+    width = max(len(row["check"]) for row in values)
+    for row in values:
+        print(f"{'ok' if row['ok'] else 'TO DO':<5}  {row['check']:<{width}}  {shown(row['found'])}")
+        if row["do"]:
+            print(f"{'':<5}  {'':<{width}}  {shown(row['do'])}")
 
 
 def _table(values: list[dict[str, Any]]) -> None:

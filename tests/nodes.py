@@ -39,14 +39,16 @@ class Nodes:
         self.env = env | PROMPT | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_ADDRESS": self.address}
         self.processes: dict[str, subprocess.Popen] = {}
 
-    def add(self, name: str, *, cpus: int, labels: str = "") -> None:
-        """Starts a node and waits until it is part of the cluster."""
+    def add(self, name: str, *, cpus: int, dashboard: int | None = None) -> None:
+        """Starts a node and waits until it is part of the cluster. dashboard: port of the head's."""
         head = not self.processes
         port = self.address.partition(":")[2]
         where = ["--head", f"--port={port}", f"--temp-dir={self.folder}"] if head else [f"--address={self.address}"]
         options = ["--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--object-store-memory=200000000", "--block"]
         options += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats", f"--labels=name={name}"]
-        options += ["--include-dashboard=false"] if head else []
+        if head:
+            pages = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+            options += ["--include-dashboard=false"] if dashboard is None else pages
         with (self.folder / f"{name}.log").open("w") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "ray.scripts.scripts", "start", *where, *options],

@@ -5,8 +5,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import seaweedfs
 from command import ssl_ray
 from nodes import free_port
 
@@ -51,3 +53,21 @@ def test_ports_of_ray_that_ask_for_no_token_are_named(tmp_path, short: str, mode
     finally:
         os.killpg(process.pid, 9)
         process.communicate()
+
+
+def test_a_storage_is_written_to_and_left_as_it_was(tmp_path: Path, server: seaweedfs.Server):
+    for uri, env in ((str(tmp_path / "runs"), {}), (f"s3://{seaweedfs.BUCKET}/doctor", server.environment())):
+        found = {row["check"]: row for row in ssl_ray(env, "doctor", uri, "--json").json}
+        assert found["storage"]["ok"]
+        assert "16 MiB written at" in found["storage"]["found"]
+        assert found["lease"]["ok"]
+        assert found[f"clock of {uri}"]["ok"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_storage_that_cannot_be_written_is_a_finding(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    done = ssl_ray({}, "doctor", str(tmp_path / "file" / "runs"), "--json")
+    (row,) = [row for row in done.json if row["check"] == "storage"]
+    assert not row["ok"]
+    assert done.code == 4

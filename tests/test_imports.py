@@ -35,6 +35,8 @@ LAYERS = {
     "study": 5,
     "dashboard": 6,
     "doctor": 6,
+    "submit": 6,
+    "debug": 6,
     "console": 7,
     "cli": 7,
     "__main__": 7,
@@ -169,6 +171,7 @@ VERBS = [
     ["runs", "list"],
     ["dashboard"],
     ["doctor"],
+    ["debug"],
     ["report"],
 ]
 

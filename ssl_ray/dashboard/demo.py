@@ -6,32 +6,37 @@ Made anew from finished studies, of which it keeps what the pages read:
 """
 
 import sys
-import zipfile
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ssl_ray import storage
 
-DEMO = Path(__file__).parent / "demo.zip"
+DEMO = Path(__file__).parent / "demo.tar.xz"
 _READ = ("study.json", "summary.json", "trials/*/trial.json", "trials/*/run.json", "trials/*/metrics/*", "trials/*/evaluations/*")
 
 
 @contextmanager
 def opened() -> Iterator[str]:
     """A folder with the studies, for as long as it lasts."""
-    with storage.scratch_folder("demo") as folder, zipfile.ZipFile(DEMO) as archive:
-        archive.extractall(folder)
+    with storage.scratch_folder("demo") as folder, tarfile.open(DEMO) as archive:
+        archive.extractall(folder, filter="data")
         yield folder
 
 
 def pack(studies: list[str]) -> None:
-    with zipfile.ZipFile(DEMO, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with tarfile.open(DEMO, "w:xz", preset=9) as archive:
         for study in map(Path, studies):
             for path in sorted(path for pattern in _READ for path in study.glob(pattern)):
-                # A fixed time: the same studies give the same file.
-                entry = zipfile.ZipInfo(f"{study.name}/{path.relative_to(study)}")
-                archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+                archive.add(path, f"{study.name}/{path.relative_to(study)}", filter=_plain)
+
+
+def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Without who made it and when: the same studies give the same file."""
+    entry.uid = entry.gid = entry.mtime = 0
+    entry.uname = entry.gname = ""
+    return entry
 
 
 if __name__ == "__main__":

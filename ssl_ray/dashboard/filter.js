@@ -81,6 +81,10 @@ function restrictedPoints(trace, keep, means) {
   if (Array.isArray(made.text)) {
     made.text = made.text.map((text, i) => (who[i] === trace.customdata[kept[i]] ? text : `${text}<br>here the mean of ${who[i].length} of them`));
   }
+  if (trace.error_y) {
+    const bars = (values) => kept.map((i, at) => (who[at] === trace.customdata[i] ? values[i] : null));
+    made.error_y = { ...trace.error_y, array: bars(trace.error_y.array), arrayminus: bars(trace.error_y.arrayminus) };
+  }
   if (trace.marker) {
     made.marker = { ...trace.marker };
     for (const key of ["color", "opacity", "size", "symbol"]) made.marker[key] = pick(trace.marker[key]);

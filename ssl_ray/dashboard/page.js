@@ -142,7 +142,7 @@ function showTabs() {
   const held = at("tabs").contains(document.activeElement);
   at("tabs").replaceChildren(...made);
   if (held) at(`tab-${open}`).focus();
-  at(`tab-${open}`).scrollIntoView({ block: "nearest", inline: "nearest" });
+  at(`tab-${open}`).scrollIntoView({ block: "nearest", inline: "center" });
 }
 
 function openTab(tab) {

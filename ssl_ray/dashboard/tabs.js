@@ -44,6 +44,12 @@ function objectiveFirst() {
   return best ?? kept()[0] ?? 0;
 }
 
+// The best of the chosen trials; in a file, of those of which it holds something.
+function firstOf(held) {
+  const best = nameOf(objectiveFirst());
+  return !held || best in held ? best : Object.keys(held)[0] ?? best;
+}
+
 const nameOf = (row) => column("name").values[row];
 
 const BUILD = {
@@ -200,12 +206,19 @@ function buildTrials() {
   ];
 }
 
+// Of an object its keys and values, those that are null left out.
+function inWords(value) {
+  if (typeof value === "number") return shownNumber(value);
+  if (typeof value !== "object") return `${value}`;
+  const there = Object.entries(value).filter(([, each]) => each !== null);
+  return there.map(([key, each]) => (typeof each === "object" ? `${key} (${inWords(each)})` : `${key} ${inWords(each)}`)).join(", ");
+}
+
 function listed(pairs) {
   const list = element("dl", { class: "facts" });
   for (const [term, text] of pairs) {
     if (text === null || text === undefined || text === "") continue;
-    const parts = typeof text === "object" ? Object.entries(text).map(([key, value]) => `${key} ${typeof value === "string" ? value : JSON.stringify(value)}`) : [text];
-    list.append(element("dt", {}, term), element("dd", {}, parts.join(", ")));
+    list.append(element("dt", {}, term), element("dd", {}, inWords(text)));
   }
   return list;
 }
@@ -275,7 +288,7 @@ function studyFacts() {
 }
 
 function buildRepresentation() {
-  const which = () => (study.rowOf.has(view.trial) ? view.trial : LIVE ? nameOf(objectiveFirst()) : Object.keys(INLINED.spectra)[0] ?? nameOf(objectiveFirst()));
+  const which = () => (study.rowOf.has(view.trial) ? view.trial : firstOf(INLINED?.spectra));
   const none = { data: [], layout: { annotations: [{ xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false, text: "Not stored in this file for this trial.", font: { size: 14 } }] } };
   const drawn = async () => (LIVE ? (await ask("spectrum", { study: view.study, trial: which() })).value : INLINED.spectra[which()] ?? none);
   return [
@@ -287,7 +300,9 @@ function buildRepresentation() {
 
 function buildCompare() {
   const rows = kept();
-  const names = [nameOf(rows[0] ?? 0), nameOf(rows[1] ?? rows[0] ?? 0)];
+  const setting = (row) => JSON.stringify(study.settings[row]);
+  const other = rows.find((row) => setting(row) !== setting(rows[0])) ?? rows[1] ?? rows[0];
+  const names = [nameOf(rows[0] ?? 0), nameOf(other ?? 0)];
   const box = element("div");
   const fill = () => {
     const pair = ["a", "b"].map((key, i) => study.rowOf.get(study.rowOf.has(view[key]) ? view[key] : names[i]));
@@ -319,7 +334,7 @@ function buildCompare() {
 
 function buildGallery() {
   const box = element("div", { class: "gallery" });
-  const which = () => (study.rowOf.has(view.trial) ? view.trial : LIVE ? nameOf(objectiveFirst()) : Object.keys(INLINED.gallery.pictures)[0] ?? nameOf(0));
+  const which = () => (study.rowOf.has(view.trial) ? view.trial : firstOf(INLINED?.gallery.pictures));
   const picture = (source) => {
     const image = element("img", { src: source, alt: `views of some images as trial ${which()} sees them` });
     box.replaceChildren(image, element("p", { class: "note" }, "A row is an image: first its plain view, then the m views of epoch 0, drawn from the trial's seed."));

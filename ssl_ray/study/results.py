@@ -35,6 +35,7 @@ from ssl_ray.study.schema import (
     read_head,
     read_optional,
     require,
+    swept_settings,
     trial_config,
     trial_uri,
 )
@@ -194,12 +195,17 @@ def rows(study: Study) -> list[dict[str, Any]]:
 
 def list_studies(uri: str) -> list[dict[str, Any]]:
     """A row for each study at or directly below `uri`."""
-    found = [read_study(at) for at in find_studies(uri)]
-    return [
-        {"study": study.uri, "name": study.head.name, "trials": len(study.trials)}
-        | {"ended": sum(trial.state.status in ENDED for trial in study.trials), "objective": study.head.objective}
-        for study in found
-    ]
+    return [_listed(at) for at in find_studies(uri)]
+
+
+def _listed(uri: str) -> dict[str, Any]:
+    try:
+        study = read_study(uri)
+    except DataError as error:  # the others are to be seen
+        return {"study": uri, "name": "", "trials": None, "ended": None, "objective": "", "why": str(error).partition("\n")[0]}
+    ended = sum(trial.state.status in ENDED for trial in study.trials)
+    named = {"study": uri, "name": study.head.name, "trials": len(study.trials)}
+    return named | {"ended": ended, "objective": study.head.objective, "why": ""}
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -268,7 +274,7 @@ def _read_trial(uri: str, head: Head, planned: Planned, *, known: Trial | None, 
     curve = _totals(columns, steps_per_epoch)
     running = state.status == "running"
     return Trial(
-        **vars(planned) | {"settings": {key: planned.settings[key] for key in head.swept if key in planned.settings}},
+        **vars(planned) | {"settings": swept_settings(head, planned)},
         m=m,
         d=d,
         beta=beta,
@@ -313,7 +319,7 @@ def _listing(at: str) -> dict[str, tuple]:
         return found
     filesystem, path = storage.open_storage(at)
     with storage.storage_errors(at, "listing"):
-        filesystem.invalidate_cache(path)
+        filesystem.invalidate_cache()  # of what is below `path` too, which a name would leave
         # All below the run in one request (checkpoints too, of which there are few), instead of one a folder.
         for name, info in storage.ask(at, lambda: filesystem.find(path, detail=True)).items():
             when = info.get("ETag") or info.get("LastModified") or info.get("mtime")

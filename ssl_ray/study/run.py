@@ -62,6 +62,8 @@ def run_trial(given: dict[str, Any]) -> None:
     views = made.train.batch * made.views.count
 
     def progress(kind: str, value: dict[str, Any]) -> None:
+        if kind == "stage" and "is told no more" in value["text"]:
+            tune.report({"note": value["text"]})
         # Not of the last: who has had its whole budget is not ended early.
         if kind == "evaluation" and value["step"] and value["step"] < planned.settings["train.steps"]:
             tune.report({SCORE: score(head, value), "views": value["step"] * views})
@@ -84,7 +86,7 @@ def ask_to_stop(uri: str, name: str | None) -> None:
     """Has a study that runs stop with checkpoints, or end one trial of it for good."""
     names = [trial.name for trial in schema.read_head(uri).trials]
     if name is not None and name not in names:
-        raise UsageError(f"{name}: no trial of {uri}. There are {len(names)}, the first is {names[0]}.")
+        raise UsageError(f"{name}: no trial of {uri}. There are {len(names)}{f', the first is {names[0]}' if names else ''}.")
     at = storage.join(uri, "stop") if name is None else storage.join(uri, "stops", name)
     storage.write_atomic(at, b"")
 
@@ -165,7 +167,9 @@ def run(uri: str, *, begin: Callable[[], Head] | None = None, progress: Progress
             asked.stop_here("while it was seen whether another driver runs this study")
             progress("stage", {"text": text})
 
-        if begin is not None and storage.is_local(uri):
+        if begin is None:
+            schema.read_head(uri)  # before there is a lease in what is no study
+        elif storage.is_local(uri):
             os.makedirs(storage.absolute(uri), exist_ok=True)
         with lease.held(uri, wait=wait):
             storage.remove(storage.join(uri, "stop"))
@@ -223,7 +227,8 @@ def _tune(trials: Trials, keeper: "Keeper", *, asked: Any, progress: Progress, t
             logging.getLogger(name).setLevel(logging.ERROR)
         at_a_time = concurrency(session.capacity, configs)
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_a_time)  # those that wait for a node have it come
-        progress("stage", {"text": f"{len(trials.todo) or trials.total} trials to run, {at_a_time} at a time"})
+        missing = len(trials.todo) + trials.total - len(trials.states)
+        progress("stage", {"text": f"{missing} trials to run, {at_a_time} at a time"})
         largest = max(node.cpus for node in session.capacity.most)
         cpus = max(min(made.train.threads, largest) if alone(made) else WAITS_CPUS for made in configs)
         bundle: dict[str, Any] = {"bundle_label_selector": [selector(configs[0].train.label)]} if alone(configs[0]) else {}
@@ -385,6 +390,8 @@ class Keeper:
                 name = trial.config["trial"]
                 if SCORE in result:
                     keeper.trials.reached.setdefault(name, []).append((result["views"], result[SCORE]))
+                if "note" in result:
+                    keeper.progress("stage", {"text": f"{name}: {result['note']}"})
                 for key in ("error", "stopped"):
                     if key in result:
                         keeper.said[name] = {key: result[key]}

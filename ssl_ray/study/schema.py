@@ -100,6 +100,11 @@ class State:
     """Why it was stopped."""
 
 
+def swept_settings(head: Head, planned: Planned) -> dict[str, Any]:
+    """Of a trial, without what follows from the budget alone."""
+    return {key: planned.settings[key] for key in head.swept if key in planned.settings}
+
+
 def costs(head: Head, seconds: float) -> dict[str, float] | None:
     """Of so many seconds of a trial, by the names of the prices."""
     return None if not head.prices else {name: price * seconds / 3600 for name, price in head.prices.items()}

@@ -25,7 +25,7 @@ class Proposals:
         try:
             import optuna
         except ModuleNotFoundError as error:
-            raise UsageError("search: optuna needs a package that is absent.\nRun: pip install 'ssl-ray[optuna]'") from error
+            raise UsageError("search: optuna needs a package that is absent.\nRun: pip install optuna") from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._pruned = optuna.trial.TrialState.PRUNED
         self._failed = optuna.trial.TrialState.FAIL

@@ -9,7 +9,7 @@
       - {views.count: 2, data.fraction: 1.0}
       - {views.count: 4, data.fraction: 0.5}
     draws: 8                              # of each cell, where something is drawn
-    search: optuna                        # proposes what is drawn (pip install 'ssl-ray[optuna]')
+    search: optuna                        # proposes what is drawn (pip install optuna)
     seeds: [0, 1, 2]
     budget: {views: 1.0e+6}               # or {minutes: 5}: of each trial
     readouts: 10                          # of each trial, evenly over its budget
@@ -26,6 +26,8 @@ import dataclasses
 import itertools
 import json
 import math
+import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +40,14 @@ from ssl_ray.study.schema import Objective, trial_config
 DRAWN = ("choice", "uniform", "log_uniform", "int")
 KINDS = ("grid", *DRAWN)
 MAX_TRIALS = 100_000
+_OURS = {
+    "seed": "the study's `seeds`",
+    "run": "the place of the study",
+    "evaluate.every_steps": "the study's `readouts`",
+    "evaluate.every_epochs": "the study's `readouts`",
+}
+"""Keys of a configuration that a study sets, and from what."""
+_BUDGETED = dict.fromkeys(("train.steps", "train.epochs"), "the study's `budget`")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,16 +107,19 @@ def _check(spec: Spec, source: str) -> None:
     require(spec.draws >= 1, "draws", spec.draws, "1 or more")
     require(len(set(spec.seeds)) == len(spec.seeds) > 0, "seeds", spec.seeds, "different numbers, one at least")
     require(spec.readouts >= 1, "readouts", spec.readouts, "1 or more")
+    require(re.fullmatch(r"\w[\w.-]{0,99}", spec.name) is not None, "name", repr(spec.name), "letters, digits, _, - and .")
     budget = spec.budget or {}
-    require(
-        len(budget) <= 1 and all(0 < value < math.inf for value in budget.values()), "budget", budget, "views or minutes, above 0"
-    )
+    ok = spec.budget is None or (len(budget) == 1 and set(budget) <= {"views", "minutes"})
+    require(ok and all(0 < value < math.inf for value in budget.values()), "budget", budget, "views or minutes, above 0")
+    target = spec.target_accuracy
+    require(target is None or 0 < target <= 1, "target_accuracy", target, "a number above 0, up to 1, as 0.9")
+    require_free(spec, [*spec.keys, *spec.sweep, *(key for cell in spec.cells for key in cell)], source)
     for key, how in spec.sweep.items():
         require(len(how) == 1 and next(iter(how)) in KINDS, f"sweep.{key}", how, f"one of {', '.join(KINDS)}, with its values")
         ((kind, of),) = how.items()
         require(bool(of), f"sweep.{key}", how, "values")
         if kind in ("uniform", "log_uniform", "int"):
-            ok = len(of) == 2 and all(isinstance(value, int | float) for value in of) and of[0] < of[1]
+            ok = len(of) == 2 and all(isinstance(value, int | float) and abs(value) < 2**53 for value in of) and of[0] < of[1]
             require(ok and (kind != "log_uniform" or of[0] > 0), f"sweep.{key}.{kind}", of, "two increasing numbers")
     prices = spec.prices or {}
     require(all(0 <= price < math.inf for price in prices.values()), "prices", prices, "numbers of 0 or more")
@@ -121,6 +134,14 @@ def _check(spec: Spec, source: str) -> None:
         require(spec.asha.reduction >= 2, "asha.reduction", spec.asha.reduction, "2 or more")
     twice = set(spec.sweep) & {key for cell in spec.cells for key in cell}
     require(not twice, "cells", ", ".join(sorted(twice)), "other keys than those of sweep")
+
+
+def require_free(spec: Spec, keys: Iterable[str], source: str) -> None:
+    """Raises UsageError for a key that the study itself sets."""
+    ours = _OURS | (_BUDGETED if spec.budget is not None else {})
+    for key in keys:
+        if key in ours:
+            raise UsageError(f"{source}: {key} follows from {ours[key]}, and cannot be set.")
 
 
 def cells(spec: Spec) -> list[dict[str, Any]]:

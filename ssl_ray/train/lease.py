@@ -96,7 +96,7 @@ def _locked(at: str, newest: int, _wait: Callable[[str], None]) -> Iterator[Leas
 
 @contextlib.contextmanager
 def _kept(at: str, newest: int, wait: Callable[[str], None]) -> Iterator[Lease]:
-    _probe(at)
+    require_conditions(at)
     lease, record, version = _take(at, newest, wait)
     ended = threading.Event()
 
@@ -143,7 +143,7 @@ def _take(at: str, newest: int, wait: Callable[[str], None]) -> tuple[Lease, dic
     return Lease(record["number"]), record, version
 
 
-def _probe(at: str) -> None:
+def require_conditions(at: str) -> None:
     """Raises ResourceError where a storage does not heed the conditions of writes: some take them and say nothing."""
     if not storage.can_swap(at):
         raise _without_lease(at, "conditional writes are known here of S3 alone")

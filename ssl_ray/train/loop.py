@@ -6,6 +6,7 @@ small all-reduce, so that all workers take the same steps and the checkpoint is 
 
 import dataclasses
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,9 @@ COLLAPSED_RANK = 1.05
 """Effective rank (participation ratio) below which embeddings are called collapsed: one direction is left."""
 COLLAPSED_LOOKS = 10
 """So many collapsed looks in a row end the run."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +274,7 @@ def train(
             if agreed.bad:
                 everywhere = [sample for found in gather_objects(bad, group=group) for sample in found]
                 error = add_bad_samples(counters, everywhere, step=step, spec=config.data) or error
+                log.warning("%d bad samples, %d allowed", len(counters.bad_samples), config.data.max_bad_samples)
             if agreed.error:
                 error = next(filter(None, gather_objects(error, group=group)))
             if error is None and agreed.stop:
@@ -361,6 +366,8 @@ def run_worker(
         at = storage.join(run, "checkpoints", marker.checkpoint)
         state = checkpoint.read_checkpoint(at, network, optimizer)
         counters = read_counters(state, step=marker.step, at=storage.join(at, "state.json"))
+    workers = 1 if group is None else dist.get_world_size(group)
+    log.info("rank %d of %d begins at step %d of %d on %s", rank, workers, marker.step, schedule.total_steps, device)
     writer = None
     if rank == 0:
         flush_s = 1.0 if storage.is_local(run) else 5.0
@@ -386,6 +393,7 @@ def run_worker(
     finally:
         if writer is not None:
             writer.close()
+    log.info("ends after step %d%s", outcome.step, f": {outcome.error}" if outcome.error else "")
     if writer is not None and writer.error is not None and (outcome.error is None or isinstance(outcome.error, Stopped)):
         return Outcome(outcome.step, _as_user_error(writer.error))  # a stop says that there is a checkpoint
     return outcome

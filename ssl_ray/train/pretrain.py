@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 from ssl_ray import plan, shards, storage, stream, views
 from ssl_ray.config import Config, Train
 from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, TrainingError
-from ssl_ray.train import cluster, lease, loop, runs
+from ssl_ray.train import cluster, gauges, lease, logs, loop, runs
 from ssl_ray.train.capacity import Cpus, require_cpus
 from ssl_ray.train.lease import Lease
 
@@ -26,7 +27,9 @@ ONE_REQUEST_S = 1.0
 """Signals within so many seconds are one request to stop: `timeout` sends it to the process and to its group."""
 
 Progress = Callable[[str, dict[str, Any]], None]
-"""Called with `stage` {text}, `step` (a step's record), `evaluation` (read-outs)."""
+"""Called with `stage` {text}, `starts` {number: so many of the workers}, `step` (a step's record), `evaluation` (read-outs)."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,20 +122,44 @@ def pretrain(config: Config, *, resume: str, leased: bool, progress: Progress, s
             if held is not None:
                 opened = dataclasses.replace(opened, lease=held.number)
             storage.remove(storage.join(opened.uri, "stop"))
-            with made_ready(opened, asked, progress, share=share) as ready:
-                readouts = _Readouts(opened.uri, ready.evaluate, progress)
+            with made_ready(opened, asked, progress, share=share) as ready, observed(opened, step, progress) as told:
+                readouts = _Readouts(opened.uri, ready.evaluate, told)
 
                 def beside() -> None:
                     if held is not None and held.lost:
                         raise ResourceError(f"{opened.uri}: another driver has taken over this run; this one has stopped.")
                     readouts.advance()
 
-                drive(opened, ready, asked, progress, beside=beside)
-                progress("stage", {"text": "reading out"})
+                drive(opened, ready, asked, told, beside=beside)
+                told("stage", {"text": "reading out"})
                 readouts.finish(asked)
             summary = summarise(opened)
             runs.write_json(summary_at, summary)
         return summary
+
+
+@contextmanager
+def observed(opened: Opened, step: int, progress: Progress) -> Iterator[Progress]:
+    """`progress`, of which Prometheus and this process's log are told too, where it has joined Ray."""
+    at = step
+
+    def tell(kind: str, value: dict[str, Any]) -> None:
+        nonlocal at
+        telling(kind, value)
+        if kind == "step":
+            at = value["step"] + 1
+        elif kind == "stage":
+            log.info("%s", value["text"])
+        elif kind == "evaluation":
+            log.info("read out %s", f"step {value['step']}" if value["step"] else "the untrained network")
+
+    rank = "driver" if opened.config.train.workers else 0
+    total = opened.schedule.total_steps
+    with (
+        logs.kept(opened.uri, rank=rank, step=lambda: at),
+        gauges.exported(progress, run=opened.uri, step=step, total_steps=total) as telling,
+    ):
+        yield tell
 
 
 @contextmanager
@@ -371,7 +398,7 @@ class _Watch:
     def __init__(self, uri: str, progress: Progress):
         self.uri, self.progress = uri, progress
         marker = runs.read_marker(uri)
-        self.seen, self.starts = marker.step - 1, marker.number
+        self.seen, self.starts, self.number = marker.step - 1, marker.number, marker.number
         self.failures = runs.failure_names(uri)
         self.begun = False
         """Whether a step was seen."""
@@ -387,6 +414,9 @@ class _Watch:
         if not names:
             return
         newest = max(map(runs.segment_number, names))
+        if newest != self.number:
+            self.number = newest
+            self.progress("starts", {"number": newest})
         mine = [name for name in names if runs.segment_number(name) == newest]
         first = max((name for name in mine if runs.segment_step(name) <= self.seen + 1), default=mine[0])
         for record in runs.read_metrics(self.uri, first_segment=first):

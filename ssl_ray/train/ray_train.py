@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from ssl_ray import plan, ray_stream, storage, stream
 from ssl_ray.config import Config, Workers
 from ssl_ray.errors import ResourceError, SslRayError, TrainingError
-from ssl_ray.train import runs
+from ssl_ray.train import logs, runs
 from ssl_ray.train.capacity import ROUNDING, Capacity, Node, Where, cpus_of, of_cluster, require_cpus, selector
 from ssl_ray.train.cluster import answers
 
@@ -353,7 +354,10 @@ def _work_or_raise(given: dict[str, Any]) -> "loop.Outcome":
     group = dist.group.WORLD if context.get_world_size() > 1 else None
     rank, asked = context.get_world_rank(), get_train_context().preemption_context
     step = runs.read_marker(run).step
-    with contextlib.closing(Watchdog(config.train.stall_s, step=step, group=group, stalled=_raise_in_worker)) as watchdog:
+    with (
+        contextlib.closing(Watchdog(config.train.stall_s, step=step, group=group, stalled=_raise_in_worker)) as watchdog,
+        logs.kept(run, rank=rank, step=lambda: watchdog.step),
+    ):
         shard = ray.train.get_dataset_shard("train")  # comes first: this start of the workers is counted when it is made
         tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
         batches = ray_stream.ray_batches(tables)
@@ -411,6 +415,8 @@ def train(
     reference = ray.put(data)
     # Ray passes these on to the processes that need them.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(last_resort_s(config.train.stall_s))
+    if ray._private.services.get_webui_url_from_internal_kv():  # a dashboard, whose Train page a process of its own fills
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     at, failed = -1, 0
     while True:
         step = runs.read_marker(run).step
@@ -465,6 +471,7 @@ def _train_once(
             label_selector=selector(config.train.label) or None,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # that of Train v2
+            name=f"{logs.short_name(run)}-{uuid.uuid4().hex[:8]}",  # on Ray's pages; Ray would continue one that it knows
             storage_path=scratch,
             failure_config=ray.train.FailureConfig(max_failures=-1),
             worker_runtime_env={"env_vars": environment} if environment else None,

@@ -53,7 +53,7 @@ def tracked(progress: Progress, trackers: Trackers) -> Iterator[Progress]:
     if not makes:
         yield progress
         return
-    _require(trackers)
+    require(trackers)
     told = _Told(progress)
     try:
 
@@ -69,15 +69,24 @@ def tracked(progress: Progress, trackers: Trackers) -> Iterator[Progress]:
         told.close()
 
 
-def _require(trackers: Trackers) -> None:
+def require(trackers: Trackers) -> None:
+    """Raises UsageError if a package is absent, or MLflow takes its URI for none."""
     try:
         if trackers.wandb:
             import wandb  # noqa: F401
         if trackers.mlflow:
-            import mlflow  # noqa: F401
+            from mlflow.tracking import MlflowClient
+
+            try:
+                within(ANSWER_S, functools.partial(MlflowClient, trackers.mlflow))
+            except ModuleNotFoundError:
+                raise
+            except Exception as error:
+                raise UsageError(f"--mlflow {trackers.mlflow}: {storage.one_line(error)[:300]}") from error
     except ModuleNotFoundError as error:
         name = str(error.name).partition(".")[0]
-        raise UsageError(f"--{name} needs a package that is absent.\nRun: pip install 'ssl-ray[{name}]'") from error
+        package = {"mlflow": "mlflow-skinny"}.get(name, name)
+        raise UsageError(f"--{name} needs a package that is absent.\nRun: pip install {package}") from error
 
 
 class _Told:

@@ -54,6 +54,11 @@ class Watchdog:
         """Notes where the worker is from now on."""
         self._now = (part, step, time.monotonic())
 
+    @property
+    def step(self) -> int:
+        """That at which the worker is."""
+        return self._now[1]
+
     def close(self) -> None:
         self._ended.set()
 

@@ -30,7 +30,9 @@ OPTIONS = {
     "config schema": {"--json"},
     "config diff": {"--json"},
     "runs list": {"--json"},
-    "doctor": {"--json"},
+    "doctor": {"--json", "--address", "--config"},
+    "submit": {"--json", "--address", "--working-dir", "--uv", "--no-follow"},
+    "debug": {"--json", "--output"},
     "dashboard": {"--json", "--port", "--host", "--token-file", "--demo"},
     "study run": {"--json", "--output", "--small"} | TRACKERS,
     "study resume": {"--json"} | TRACKERS,
@@ -40,7 +42,21 @@ OPTIONS = {
     "report": {"--json", "--output", "--markdown", "--latex", "--figures"},
 }
 GROUPS = {
-    "": {"pretrain", "evaluate", "plan", "profile", "data", "config", "runs", "study", "dashboard", "report", "doctor"},
+    "": {
+        "pretrain",
+        "evaluate",
+        "plan",
+        "profile",
+        "data",
+        "config",
+        "runs",
+        "study",
+        "dashboard",
+        "report",
+        "doctor",
+        "submit",
+        "debug",
+    },
     "study": {"run", "resume", "status", "stop", "list"},
 }
 GROUPS |= {"data": {"pack", "index", "check", "stats", "preview"}, "config": {"show", "schema", "diff"}, "runs": {"list"}}

@@ -123,6 +123,15 @@ def texts(value: Any) -> Iterator[str]:
 
 
 @each_figure
+def test_what_follows_from_a_budget_is_no_setting(draw, small: Study):
+    budgeted = [
+        dataclasses.replace(trial, settings=trial.settings | {"train.steps": 100 + i, "evaluate.every_steps": 40})
+        for i, trial in enumerate(small.head.trials)
+    ]
+    assert draw(dataclasses.replace(small, head=dataclasses.replace(small.head, trials=tuple(budgeted)))) == draw(small)
+
+
+@each_figure
 def test_every_point_says_whose_it_is(draw: Callable, whole: Study):
     known = {trial.name for trial in whole.trials}
     traces = results(draw(whole))

@@ -116,6 +116,11 @@ def test_mistakes_of_the_verbs_end_in_two_lines(study: Study, tmp_path: Path, ca
         (2, "apt install chromium", "report", study.uri, "--figures", str(tmp_path / "f")),
         (3, "no study here", "report", str(tmp_path), "-o", str(tmp_path / "x.html")),
         (2, "either", "dashboard"),
+        (2, "part of the study", "report", study.uri, "-o", f"{study.uri}/study.json"),
+        (2, "expected a file", "report", study.uri, "-o", "/dev/null"),
+        (2, "expected a file", "report", study.uri, "-o", str(tmp_path)),
+        (2, "expected a file", "report", study.uri, "--latex", str(tmp_path / "none" / "x.tex")),
+        (2, "two texts", "report", study.uri, "--latex", str(tmp_path / "x"), "--markdown", str(tmp_path / "x")),
         (3, "no such folder", "dashboard", str(tmp_path / "none")),
         (2, "--token-file", "dashboard", str(tmp_path), "--host", "0.0.0.0"),
         (2, "16 or more", "dashboard", str(tmp_path), "--token-file", str(tmp_path / "token")),
@@ -125,14 +130,3 @@ def test_mistakes_of_the_verbs_end_in_two_lines(study: Study, tmp_path: Path, ca
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) <= 2, lines
         assert part in " ".join(lines)
-
-
-def test_without_the_extra_the_verbs_say_what_to_install(study: Study, capsys: pytest.CaptureFixture, monkeypatch):
-    import sys
-
-    for name in [name for name in sys.modules if name.startswith("ssl_ray.dashboard")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("ssl_ray.dashboard.report", raising=False)
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert main(["report", study.uri, "--markdown", "-"]) == 2
-    assert "pip install 'ssl-ray[dashboard]'" in capsys.readouterr().err

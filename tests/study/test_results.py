@@ -331,6 +331,9 @@ def test_a_study_on_s3_reads_as_on_a_disk(tmp_path: Path, server: seaweedfs.Serv
     again = read_study(uri, study)
     assert again.trials[1].curve.step[-1] == 31
     assert again.trials[0] is study.trials[0]
+    more = (json.dumps(record(31)) + "\n").encode()  # of a trial that goes on after a kill
+    storage.write_atomic(storage.join(uri, "trials", name, "metrics", "0000000031-000002.jsonl"), more)
+    assert read_study(uri, again).trials[1].curve.step[-1] == 32
     fsspec.filesystem("s3").clear_instance_cache()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from command import ssl_ray
-from harness import VARYING, finish, records, start, stop, wait_until
+from harness import VARYING, finish, records, start, wait_until
 from nodes import several_nodes
 
 from ssl_ray.study.results import Study, read_study
@@ -115,8 +115,8 @@ def test_a_study_whose_driver_is_killed_goes_on_to_the_same_results(whole: Study
 def test_a_trial_that_fails_is_shown_and_the_others_go_on(tmp_path: Path):
     text = TINY.replace("  views.count: {grid: [2, 4]}\n", "  optim.lr: {grid: [0.001, 1.0e+30]}\n").replace("[16, 32]", "[16]")
     uri = tmp_path / "study"
-    done = ssl_ray({}, "study", "run", str(tiny(tmp_path, text)), "-o", str(uri), "--json").ok().json
-    assert done["counts"] == {"complete": 1, "failed": 1}
+    done = ssl_ray({}, "study", "run", str(tiny(tmp_path, text)), "-o", str(uri), "--json")
+    assert (done.code, done.json["counts"]) == (1, {"complete": 1, "failed": 1})
     failed = read_study(str(uri)).trials[1]
     assert failed.state.error
     assert "NaN" in failed.state.error or "finite" in failed.state.error
@@ -190,13 +190,10 @@ def test_one_trial_is_stopped_for_good_and_the_others_end(tmp_path: Path):
     uri = tmp_path / "study"
     text = TINY.replace("[16, 32]", "[16]").replace("views: 6000", "views: 1.0e+6")
     driver = start("study", "run", str(tiny(tmp_path, text.replace("[2, 4]", "[2]"))), "-o", str(uri), "--json")
-    try:
-        assert wait_until(lambda: steps_are_stored(uri, 1), driver, "a step")
-        ssl_ray({}, "study", "stop", str(uri), "no-such").refused(2, "no-such", "0000-d16-m2-s0")
-        ssl_ray({}, "study", "stop", str(uri), "0000-d16-m2-s0").ok()
-        code, out, err = finish(driver)
-    finally:
-        stop(driver)
+    assert wait_until(lambda: steps_are_stored(uri, 1), driver, "a step")
+    ssl_ray({}, "study", "stop", str(uri), "no-such").refused(2, "no-such", "0000-d16-m2-s0")
+    ssl_ray({}, "study", "stop", str(uri), "0000-d16-m2-s0").ok()
+    code, out, err = finish(driver)
     assert code == 0, err
     assert json.loads(out)["counts"] == {"stopped": 1}
     (trial,) = read_study(str(uri)).trials
@@ -210,7 +207,7 @@ ASHA = """
 recipe: digits
 keys: {train.workers: 0, evaluate.max_images: 200, checkpoint.every_steps: 4, views.size_px: 8, model.projector_dim: 32}
 sweep:
-  optim.lr: {grid: [0.01, 0.009, 1.0e-9, 1.1e-9, 1.2e-9]}
+  optim.lr: {grid: [0.01, 1.0e-9, 1.1e-9, 1.2e-9]}
 budget: {views: 12000}
 readouts: 6
 objective: knn_accuracy
@@ -224,7 +221,7 @@ def test_asha_ends_bad_trials_early_and_resume_leaves_them_ended(tmp_path: Path)
     uri = tmp_path / "study"
     counts = ssl_ray({}, "study", "run", str(tiny(tmp_path, ASHA)), "-o", str(uri), "--json").ok().json["counts"]
     trials = read_study(str(uri)).trials
-    assert sum(counts.values()) == len(trials) == 5
+    assert sum(counts.values()) == len(trials) == 4
     ended = [trial for trial in trials if trial.state.status == "stopped"]
     assert ended
     for trial in ended:

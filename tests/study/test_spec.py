@@ -85,6 +85,21 @@ def test_more_draws_keep_those_that_were_there():
         ({"search": "optuna", "sweep": {"optim.lr": {"uniform": [0, 1]}}, "budget": {"minutes": 5}}, "a budget in views"),
         ({"search": "optuna", "sweep": {"train.threads": {"int": [1, 2]}}, "budget": {"views": 1e5}}, "train.threads"),
         ({"prices": {"spot": -1}}, "prices"),
+        ({"sweep": {"seed": {"grid": [1, 2]}}}, "seed follows from the study's `seeds`"),
+        ({"keys": {"run": "here"}}, "run follows from"),
+        ({"cells": [{"evaluate.every_steps": 5}]}, "evaluate.every_steps follows from the study's `readouts`"),
+        (
+            {"sweep": {"train.steps": {"grid": [10, 20]}}, "budget": {"views": 1e6}},
+            "train.steps follows from the study's `budget`",
+        ),
+        ({"budget": {"hours": 1}}, "budget"),
+        ({"budget": {}}, "budget"),
+        ({"name": "../x"}, "name"),
+        ({"name": ""}, "name"),
+        ({"target_accuracy": 90}, "target_accuracy"),
+        ({"target_accuracy": math.nan}, "target_accuracy"),
+        ({"sweep": {"optim.lr": {"uniform": [0, math.inf]}}}, "two increasing numbers"),
+        ({"sweep": {"train.epochs": {"int": [1, 10**30]}}}, "two increasing numbers"),
     ],
 )
 def test_what_makes_no_study_is_refused_by_name(values, part):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command import ssl_ray
 from harness import records
+from nodes import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 KEYS = ["train.workers=0", "evaluate.max_images=50", "views.size_px=8", "checkpoint.every_steps=4", "evaluate.every_steps=4"]
@@ -68,10 +69,12 @@ def test_weights_and_biases_is_told_offline_and_without_a_network(tmp_path: Path
 
 
 def test_a_tracker_that_does_not_answer_is_left_and_the_run_ends_well(tmp_path: Path):
-    unwritable = tmp_path / "file"
-    unwritable.write_text("")
-    done = ssl_ray(
-        OFFLINE, "pretrain", f"run={tmp_path / 'run'}", "train.steps=2", *KEYS, "--mlflow", f"file:{unwritable}/x"
-    ).ok()
+    once = OFFLINE | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    keys = [f"run={tmp_path / 'run'}", "train.steps=2", *KEYS]
+    done = ssl_ray(once, "pretrain", *keys, "--mlflow", f"http://127.0.0.1:{free_port()}").ok()
     assert "mlflow is told no more of this run" in done.err
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_what_mlflow_takes_for_no_server_is_refused_before_the_run(tmp_path: Path):
+    ssl_ray({}, "pretrain", f"run={tmp_path / 'run'}", "--mlflow", str(tmp_path / "folder")).refused(2, "--mlflow", "folder")

@@ -5,14 +5,27 @@ from typing import Any
 
 import numpy as np
 
-from ssl_ray.dashboard.drawing import GUIDE, colour, guide_line, log_axis, number, of_trials, powers_of_two, setting, sort_key
+from ssl_ray.dashboard.drawing import (
+    COLOURS,
+    GUIDE,
+    colour,
+    guide_line,
+    log_axis,
+    number,
+    of_trials,
+    powers_of_two,
+    setting,
+    sort_key,
+)
 from ssl_ray.dashboard.figures.shared import (
     ACCURACIES,
     MOST_BANDS,
+    MOST_BARS,
     MOST_TICKS,
     NO_RESULT,
     Figure,
     band,
+    error_bars,
     figure,
     grouped,
     less,
@@ -25,13 +38,14 @@ from ssl_ray.dashboard.figures.shared import (
 )
 from ssl_ray.study import analysis
 from ssl_ray.study.results import Study, Trial
+from ssl_ray.study.schema import swept_settings
 
 
 def accuracy_over_dim(study: Study, target: float | None = None) -> Figure:
     """The objective over the projector's dimension: a line for each beta, and the best of each d.
 
-    A point is the mean over seeds, the band its t interval (up to MOST_BANDS lines). Where more than d and beta differ, each
-    of their combinations has a line of its own in the colour of its beta.
+    A point is the mean over seeds, with its t interval as a band (up to MOST_BANDS lines) or bars (up to MOST_BARS).
+    Where more than d and beta differ, each of their combinations has a line of its own in the colour of its beta.
     """
     objective, head = study.head.objective, study.head
     trials, values = results_of(study, objective)
@@ -48,7 +62,8 @@ def accuracy_over_dim(study: Study, target: float | None = None) -> Figure:
         found += zip(widths, cells, who, strict=True)
         name = setting(without(trials[line[0]], "model.projector_dim")) or label
         shade = colour(different.index(label), len(different))
-        if len(lines) <= MOST_BANDS:
+        few = len(lines) <= MOST_BANDS
+        if few:
             traces += band(widths, cells, who, trials, fillcolor=shade, legendgroup=label)
         traces.append(
             {
@@ -59,10 +74,11 @@ def accuracy_over_dim(study: Study, target: float | None = None) -> Figure:
                 "name": label,
                 "legendgroup": label,
                 "showlegend": label not in {trace.get("name") for trace in traces},
-                "line": {"color": shade, "width": 2 if len(lines) <= MOST_BANDS else 1},
+                "line": {"color": shade, "width": 2 if len(lines) <= len(COLOURS) else 1},
                 "text": [f"d {d}, {name}: {shown_interval(objective, cell)}" for d, cell in zip(widths, cells, strict=True)],
                 "hoverinfo": "text",
             }
+            | ({"error_y": error_bars(cells, shade)} if not few and len(lines) <= MOST_BARS else {})
             | of_trials(trials, who)
         )
     if len(lines) > 1:
@@ -82,7 +98,7 @@ def _line_label(settings: dict[str, Any]) -> str:
 
 def _all_settings(study: Study) -> list[dict[str, Any]]:
     """Of the planned trials, whether they are selected or not; sorted by all but d, so that colours go with the values."""
-    planned = [trial.settings for trial in study.head.trials]
+    planned = [swept_settings(study.head, trial) for trial in study.head.trials]
     return sorted(planned, key=lambda settings: [sort_key(value) for value in less(settings, "model.projector_dim").values()])
 
 
@@ -116,7 +132,7 @@ def best_beta_over_dim(study: Study) -> Figure:
     all_best: list[analysis.BestBeta] = []
     d, beta = np.array([trial.d for trial in trials]), np.array([trial.beta for trial in trials])
     groups = grouped(trials, lambda trial: without(trial, "model.projector_dim", "loss.beta"))
-    series = list(dict.fromkeys(_series(trial.settings) for trial in head.trials))
+    series = list(dict.fromkeys(_series(swept_settings(head, trial)) for trial in head.trials))
     for group in groups:
         best = analysis.best_beta(d[group], beta[group], values[group], mode=head.mode, target=head.target)
         all_best += best

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_ray.dashboard.drawing import GUIDE, guide_line, labelled_axis, number, of_trials
+from ssl_ray.dashboard.drawing import GUIDE, guide_line, labelled_axis, number, of_trials, plain
 from ssl_ray.study import analysis
 from ssl_ray.study.results import Study, Trial
 
@@ -22,8 +22,10 @@ TITLES = {
     "alpha": "alpha (exponent)",
     "rankme": "RankMe (dimensions)",
 }
-MOST_BANDS = 8
+MOST_BANDS = 3
 """With more lines than these their seed bands would hide each other."""
+MOST_BARS = 20
+"""And bars."""
 MOST_TICKS = 12
 """So many different values have a tick each."""
 NO_RESULT = "No trial is complete and has a read-out yet."
@@ -105,6 +107,13 @@ def target_line(target: float | None, x: Iterable[float]) -> list[dict[str, Any]
     if target is None or not there:
         return []
     return [guide_line([min(there), max(there)], [target, target], f"target {100 * target:.4g} %")]
+
+
+def error_bars(cells: list[analysis.Interval], shade: str) -> dict[str, Any]:
+    """The bounds of the intervals at each point, where bands would hide each other."""
+    above, below = (np.array([[cell.high - cell.mean, cell.mean - cell.low] for cell in cells])).T
+    bars = {"type": "data", "symmetric": False, "array": plain(above), "arrayminus": plain(below)}
+    return bars | {"color": shade, "thickness": 1, "width": 3}
 
 
 def band(

@@ -1,0 +1,216 @@
+"""A verb of ssl-ray as a job of a cluster: packed, submitted once, followed to its end.
+
+A job's name follows from what is submitted, and a number: Ray takes no name twice. So an answer that was lost starts nothing
+twice, a client that was away comes back to its job, and the same line submitted after its end goes on with the run.
+"""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ssl_ray import config, storage
+from ssl_ray.errors import ResourceError, Stopped, UsageError
+
+MOST_MIB = 100
+"""Of what is uploaded, before it is compressed: Ray keeps it in the memory of its head and unpacks it on each machine."""
+LARGEST = 5
+"""So many are named where it is too much."""
+STOP_S = 120
+"""A job that is stopped has so long to leave a checkpoint; by default Ray kills it after 3 s."""
+ATTEMPTS = 5
+POLL_S = 1.0
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def submit(
+    command: list[str],
+    *,
+    address: str,
+    working_dir: str | None,
+    uv: bool,
+    follow: bool,
+    show: Callable[[str], None],
+    write: Callable[[str], None],
+) -> dict[str, Any]:
+    """Submits `ssl-ray COMMAND` to the cluster whose dashboard is at `address`, or finds it running there; follows it.
+
+    working_dir: a folder to upload, whose files the command finds; None: the image has all it needs.
+    uv: make the environment with uv from pyproject.toml and uv.lock of that folder.
+    show: told what happens here.  write: given what the job prints.
+    Returns submission_id, status and exit_code of the job, which are None where it is not followed.
+    Raises UsageError for files that cannot be packed, ResourceError where the cluster cannot be reached or asked, Stopped
+    on Ctrl-C: the job goes on.
+    """
+    use_token()
+    files = None if working_dir is None else packed(working_dir, uv=uv)
+    if files is not None:
+        show(f"uploading {working_dir}: {len(files)} files, {_mib(sum(files.values()))} MiB")
+    client = connected(address)
+    entry = shlex.join([*(["uv", "run", "--frozen"] if uv else []), "python", "-m", "ssl_ray", *command])
+    with errors_of(address):
+        name, is_there = _name(client, command)
+        if is_there:
+            show(f"{name} runs already")
+        else:
+            environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
+            if working_dir is not None:
+                environment["working_dir"] = working_dir
+            _submit_once(client, name, entry, environment)
+            show(f"{name} submitted: {entry}")
+        if not follow:
+            show(_how_to(name, address))
+            return {"submission_id": name, "status": None, "exit_code": None}
+        return _followed(client, name, address, write)
+
+
+def use_token() -> None:
+    """Has Ray use the token where it finds one: in these places it looks, but not unless it is told so before it is imported."""
+    places = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(map(os.environ.get, places)) or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def packed(folder: str, *, uv: bool) -> dict[str, int]:
+    """The files that would be uploaded, and their bytes: Ray leaves out what .rayignore and .gitignore name.
+
+    Raises UsageError if there is no such folder, they are too many bytes, or uv lacks its files.
+    """
+    from ray._private.runtime_env import packaging  # what Ray itself counts
+
+    at = Path(folder)
+    if not at.is_dir():
+        raise UsageError(f"--working-dir {folder}: no folder.")
+    for name in ("pyproject.toml", "uv.lock") if uv else ():
+        if not (at / name).is_file():
+            raise UsageError(f"--uv: {at / name} is not there.\nMake it (`uv lock`), or leave --uv out where the image has all.")
+    found: dict[str, int] = {}
+
+    def count(path: Path) -> None:
+        if path.is_file():
+            found[os.fspath(path.relative_to(at.absolute()))] = path.stat().st_size
+
+    packaging._dir_travel(at.absolute(), [], count, include_gitignore=True)
+    total = sum(found.values())
+    if total > MOST_MIB * 2**20:
+        largest = sorted(found, key=lambda name: -found[name])[:LARGEST]
+        raise UsageError(
+            f"--working-dir {folder}: {_mib(total)} MiB, expected {MOST_MIB} at most. The largest: "
+            + ", ".join(f"{name} ({_mib(found[name])})" for name in largest)
+            + ".\nName what the job does not need in .rayignore, as in .gitignore, and keep data in an object store."
+        )
+    return found
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}"
+
+
+def connected(address: str) -> Any:
+    """A client of Ray's jobs."""
+    use_token()
+    try:
+        import ray
+        from ray.job_submission import JobSubmissionClient
+    except ImportError as error:
+        raise UsageError(
+            f"submitting needs packages that are absent.\nRun: pip install 'ray[default]=={ray.__version__}'"
+        ) from error
+    if not address.startswith(("http://", "https://")):
+        raise UsageError(f"--address: got {address}, expected that of the dashboard, as http://127.0.0.1:8265.")
+    with errors_of(address):
+        return JobSubmissionClient(address)
+
+
+@contextlib.contextmanager
+def errors_of(address: str) -> Any:
+    """Ray's many ways to say that a cluster cannot be asked, as ResourceError."""
+    import requests
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except (KeyboardInterrupt, UsageError, ResourceError, Stopped):
+        raise
+    except AuthenticationError as error:
+        text = str(error).partition("\n")[0]
+        raise ResourceError(f"{address}: {text}\nSet RAY_AUTH_TOKEN_PATH to a file with the cluster's token.") from error
+    except (RuntimeError, ValueError, OSError, requests.RequestException) as error:
+        text = storage.one_line(error)[:300]
+        raise ResourceError(f"{address}: {text}\nCheck that the cluster runs and the tunnel to its dashboard is open.") from error
+
+
+def _name(client: Any, command: list[str]) -> tuple[str, bool]:
+    """The name of the job, and whether it runs already."""
+    first = f"ssl-ray-{command[0]}-{config.canonical_hash({'command': command})[:10]}"
+    numbers = {}
+    for job in client.list_jobs():
+        head, _, number = (job.submission_id or "").rpartition("-")
+        if head == first and number.isdecimal():
+            numbers[int(number)] = str(job.status.value)
+    newest = max(numbers, default=0)
+    if newest and numbers[newest] not in _ENDED:
+        return f"{first}-{newest}", True
+    return f"{first}-{newest + 1}", False
+
+
+def _submit_once(client: Any, name: str, entry: str, environment: dict[str, Any]) -> None:
+    """Submits it, again where the answer is lost; that it is there by then is as good as an answer."""
+    for attempt in range(ATTEMPTS):
+        try:
+            client.submit_job(entrypoint=entry, submission_id=name, runtime_env=environment)
+            return
+        except Exception as error:
+            if attempt and name in str(error) and "already exists" in str(error):
+                return
+            if not isinstance(error, OSError) or attempt == ATTEMPTS - 1:  # requests' are OSErrors
+                raise
+            time.sleep(2**attempt)
+
+
+def _followed(client: Any, name: str, address: str, write: Callable[[str], None]) -> dict[str, Any]:
+    """Writes what the job prints until it ends; a connection that is lost is made anew."""
+    written = 0
+
+    async def tail() -> None:
+        nonlocal written
+        seen = 0  # the whole log comes again with each connection
+        async for text in client.tail_job_logs(name):
+            fresh = text[max(0, written - seen) :]
+            seen += len(text)
+            written = max(written, seen)
+            if fresh:
+                write(fresh)
+
+    lost = 0
+    try:
+        while True:
+            try:
+                asyncio.run(tail())
+                info = client.get_job_info(name)
+                lost = 0
+            except (TimeoutError, RuntimeError, OSError) as error:
+                lost += 1
+                if lost == 10 * ATTEMPTS:
+                    raise ResourceError(
+                        f"{address}: cannot be reached any more ({storage.one_line(error)}).\n{_how_to(name, address)}"
+                    ) from error
+                time.sleep(POLL_S)
+                continue
+            if info.status.value in _ENDED:
+                break
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        raise Stopped(f"left the job {name}, which goes on. {_how_to(name, address)}") from None
+    status = info.status.value
+    code = 0 if status == "SUCCEEDED" else Stopped.exit_code if status == "STOPPED" else info.driver_exit_code or 1
+    return {"submission_id": name, "status": status, "exit_code": code}
+
+
+def _how_to(name: str, address: str) -> str:
+    at = f"--address {address} {name}"
+    return f"The same command follows it again.\nOr: ray job logs --follow {at}; to stop it, with a checkpoint: ray job stop {at}"

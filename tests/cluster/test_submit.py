@@ -1,0 +1,143 @@
+"""Verbs as jobs of a real cluster with a token: followed, left, found again, stopped; and what is refused."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command import Done, ssl_ray
+from harness import finish, newest_step, records, start, wait_until
+from nodes import free_port, several_nodes
+
+KEYS = ["views.count=2", "views.size_px=8", "model.projector_dim=16", "evaluate.max_images=50", "checkpoint.every_steps=5"]
+long = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[dict[str, str]]:
+    """The variables of a client of a cluster whose dashboard takes jobs."""
+    with several_nodes({}) as nodes:
+        port = free_port()
+        nodes.add("head", cpus=2, dashboard=port)
+        yield {"RAY_AUTH_TOKEN_PATH": nodes.env["RAY_AUTH_TOKEN_PATH"], "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+
+
+def submit(client: dict[str, str], *arguments: str) -> Done:
+    return ssl_ray(client, "submit", *arguments)
+
+
+@long
+@pytest.mark.timeout(600)
+def test_a_job_is_followed_to_its_end_and_the_same_line_is_another_attempt(client, tmp_path: Path):
+    line = ["pretrain", f"run={tmp_path / 'run'}", "train.steps=6", "train.workers=1", *KEYS, "--json"]
+    done = submit(client, *line).ok()
+    assert done.json["status"] == "SUCCEEDED"
+    assert done.json["submission_id"].endswith("-1")
+    assert "step 6" in done.err  # what the job printed
+    assert len(records(tmp_path / "run")) == 6
+    again = submit(client, *line).ok()
+    assert again.json["submission_id"] == done.json["submission_id"][:-1] + "2"
+    assert "is complete" in again.err
+
+
+@long
+@pytest.mark.timeout(600)
+def test_the_exit_code_is_that_of_the_job(client, tmp_path: Path):
+    done = submit(client, "evaluate", str(tmp_path / "none"), "--json")
+    assert (done.code, done.json["status"], done.json["exit_code"]) == (3, "FAILED", 3)
+    assert "no run here" in done.err
+
+
+@long
+@pytest.mark.timeout(600)
+def test_ctrl_c_leaves_the_job_and_the_same_line_finds_it_again(client, tmp_path: Path):
+    run = tmp_path / "run"
+    line = ["submit", "pretrain", f"run={run}", "train.steps=100000", "train.workers=1", *KEYS]
+    first = start(*line, env=client)
+    assert wait_until(lambda: newest_step(run) >= 10, first, "step 10")
+    first.send_signal(signal.SIGINT)
+    code, _, err = finish(first)
+    assert code == 130
+    assert "goes on" in err
+    name = next(word for word in err.split() if word.startswith("ssl-ray-pretrain-"))
+    seen = newest_step(run)
+    second = start(*line, env=client)
+    assert wait_until(lambda: newest_step(run) > seen + 10, second, "ten more steps")
+    stop = ["ray", "job", "stop", "--address", client["RAY_API_SERVER_ADDRESS"], name]
+    subprocess.run(stop, env=os.environ | client | {"RAY_AUTH_MODE": "token"}, check=True, capture_output=True, timeout=200)
+    code, _, err = finish(second)
+    assert code == 130, err
+    assert f"{name} runs already" in err
+    assert [record["step"] for record in records(run)] == list(range(len(records(run))))  # it left a checkpoint
+    marker = (run / "latest.json").read_text()
+    assert f'"step": {len(records(run))}' in marker
+
+
+@long
+@pytest.mark.timeout(600)
+def test_a_recipe_that_is_a_file_comes_with_its_folder(client, tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "small.yaml").write_text("train: {steps: 3, workers: 0}\n")
+    (tmp_path / "mine" / ".rayignore").write_text("big\n")
+    (tmp_path / "mine" / "big").write_bytes(os.urandom(2**20))
+    line = ["-c", "small.yaml", f"run={tmp_path / 'run'}", *KEYS]
+    code, _, err = in_folder(tmp_path / "mine", client, "submit", "pretrain", *line)
+    assert code == 2
+    assert "--working-dir" in err
+    code, _, err = in_folder(tmp_path / "mine", client, "submit", "pretrain", *line, "--working-dir", ".")
+    assert code == 0, err
+    assert "2 files, 0.0 MiB" in err
+    assert len(records(tmp_path / "run")) == 3
+
+
+def in_folder(folder: Path, client: dict[str, str], *arguments: str) -> tuple[int, str, str]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        done = ssl_ray(client, *arguments)
+    finally:
+        os.chdir(before)
+    return done.code, done.out, done.err
+
+
+@long
+def test_a_wrong_token_is_two_lines(client, tmp_path: Path):
+    (tmp_path / "token").write_text("0" * 64)
+    wrong = client | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    submit(wrong, "pretrain", "train.steps=1").refused(4, client["RAY_API_SERVER_ADDRESS"], "RAY_AUTH_TOKEN_PATH")
+
+
+def test_what_cannot_be_submitted_is_refused_before_a_cluster_is_asked(tmp_path: Path):
+    nowhere = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{free_port()}"}
+    submit(nowhere, "pretrain", "views.cuont=4").refused(2, "views.count")
+    submit(nowhere, "doctor").refused(2, "does not run as a job", "study run")
+    submit(nowhere).refused(2, "nothing to submit")
+    submit(nowhere, "pretrain", "--working-dir", str(tmp_path / "none")).refused(2, "no folder")
+    submit(nowhere, "pretrain", "--working-dir", str(tmp_path), "--uv").refused(2, "pyproject.toml")
+    submit(nowhere, "pretrain", "--address", "127.0.0.1:8265").refused(2, "http://127.0.0.1:8265")
+    (tmp_path / "big.bin").write_bytes(b"")
+    os.truncate(tmp_path / "big.bin", 101 * 2**20)
+    (tmp_path / "small").write_text("x")
+    submit(nowhere, "pretrain", "--working-dir", str(tmp_path)).refused(2, "101.0 MiB", "big.bin (101.0)", ".rayignore")
+    began = time.monotonic()
+    submit(nowhere, "pretrain").refused(4, nowhere["RAY_API_SERVER_ADDRESS"], "cluster runs")
+    assert time.monotonic() - began < 100
+
+
+@long
+@pytest.mark.timeout(300)
+def test_doctor_looks_at_a_cluster(client, tmp_path: Path):
+    done = ssl_ray(client, "doctor", "--address", client["RAY_API_SERVER_ADDRESS"], "-c", "digits", "--json")
+    found = {row["check"]: row for row in done.json}
+    for check in ("cluster", "token", "clock of the cluster", "nodes", "workers"):
+        assert found[check]["ok"], found[check]
+    assert found["nodes"]["found"].startswith("1 nodes, 2 CPUs, 0 GPUs")
+    (tmp_path / "big.yaml").write_text("train: {workers: 40}\n")
+    done = ssl_ray(client, "doctor", "--address", client["RAY_API_SERVER_ADDRESS"], "-c", str(tmp_path / "big.yaml"), "--json")
+    assert done.code == 4
+    (room,) = [row for row in done.json if row["check"] == "workers"]
+    assert not room["ok"]
+    assert "train.workers=40" in room["found"]

@@ -1,0 +1,42 @@
+"""The studies that come with ssl_ray: they are whole, and every page has something to show of them."""
+
+import json
+import re
+import signal
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from harness import finish, start
+
+from ssl_ray.dashboard import demo, page
+from ssl_ray.study.results import Study, read_study
+
+STUDIES = ("fraction", "pareto", "projector", "views")
+
+
+@pytest.fixture(scope="module")
+def studies() -> Iterator[dict[str, Study]]:
+    with demo.opened() as folder:
+        yield {name: read_study(f"{folder}/{name}") for name in STUDIES}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_trial_is_complete_and_every_figure_shows_some(studies, name: str):
+    study = studies[name]
+    assert {trial.state.status for trial in study.trials} == {"complete"}
+    assert len({trial.seed for trial in study.trials}) == 3
+    for figure in set(page.FIGURES) - {"pareto-cost"}:
+        assert page.draw(study, figure)["data"], figure
+
+
+def test_it_is_served():
+    process = start("dashboard", "--demo", "--port", "0", "--json")
+    try:
+        address = re.match(r"http://\S+", process.stderr.readline())[0]
+        with urllib.request.urlopen(f"{address}api/studies") as answer:
+            found = json.load(answer)["studies"]
+    finally:
+        process.send_signal(signal.SIGINT)
+    assert sorted(row["name"] for row in found) == list(STUDIES)
+    assert finish(process)[0] == 130
