@@ -274,7 +274,7 @@ def train(
             if agreed.bad:
                 everywhere = [sample for found in gather_objects(bad, group=group) for sample in found]
                 error = add_bad_samples(counters, everywhere, step=step, spec=config.data) or error
-                log.warning("%d bad samples, %d allowed", len(counters.bad_samples), config.data.max_bad_samples)
+                log.info("%d bad samples, %d allowed", len(counters.bad_samples), config.data.max_bad_samples)
             if agreed.error:
                 error = next(filter(None, gather_objects(error, group=group)))
             if error is None and agreed.stop:
