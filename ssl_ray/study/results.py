@@ -51,10 +51,6 @@ _READERS = 16
 """Threads that wait for a remote storage."""
 _LOOKS = 4
 """So often a trial is listed anew, if a file goes between listing and reading: a resume removes what was not committed."""
-_KEYS = ("step", "epoch", "loss", "images", "views", "seconds", "data_wait_s")
-"""What every step's record has."""
-_NOT_TERMS = frozenset((*_KEYS, "lr", "embedding_std", "effective_rank", "bad_samples", "digest"))
-"""Of a step's record; whatever number is beside these is a term of the loss."""
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -363,7 +359,7 @@ def _segment(at: str, data: bytes) -> dict[str, np.ndarray]:
         columns = {key: np.array([record.get(key) for record in records], dtype=np.float64) for key in keys}
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise damaged(at, f"it is not lines of JSON with numbers ({error})") from error
-    whole = not records or (columns.keys() >= set(_KEYS) and np.isfinite(columns["step"]).all())
+    whole = not records or (columns.keys() >= set(runs.EVERY_STEP) and np.isfinite(columns["step"]).all())
     require(bool(whole), at, "a line is no record of a step")
     return columns
 
@@ -431,7 +427,7 @@ def _thinned(totals: _Totals, columns: dict[str, np.ndarray]) -> Curve:
         views=totals.views[ends - 1],
         minutes=totals.minutes[ends - 1],
         loss=total("loss") / each,
-        terms={key: total(key) / each for key in columns if key not in _NOT_TERMS},
+        terms={key: total(key) / each for key in columns if key not in runs.NO_TERMS},
         images_per_s=ratio(total("images"), total("seconds")),
         data_wait_share=ratio(total("data_wait_s"), total("seconds")),
     )

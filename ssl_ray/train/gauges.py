@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ssl_ray.errors import without_secrets
-from ssl_ray.train import cluster
+from ssl_ray.train import cluster, runs
 
 EVERY_S = 2.0
 """Seconds between two times that numbers are passed on. Ray 2.60 forgets a gauge that is not set again for some seconds."""
@@ -39,7 +39,6 @@ _IN_RECORDS = {
     "effective_rank": "ssl_effective_rank",
     "bad_samples": "ssl_bad_samples",
 }
-_NO_TERMS = {*_IN_RECORDS, "step", "epoch", "images", "views", "digest", "seconds", "data_wait_s"}
 
 Progress = Callable[[str, dict[str, Any]], None]
 
@@ -126,5 +125,5 @@ def _values(records: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
         ("ssl_images_per_s", ""): sum(record["images"] for record in records) / seconds,
         ("ssl_data_wait_share", ""): sum(record["data_wait_s"] for record in records) / seconds,
         **{(name, ""): newest[key] for key, name in _IN_RECORDS.items() if key in newest},
-        **{("ssl_loss_term", key): value for key, value in newest.items() if key not in _NO_TERMS},
+        **{("ssl_loss_term", key): value for key, value in newest.items() if key not in runs.NO_TERMS},
     }

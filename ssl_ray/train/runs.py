@@ -27,6 +27,10 @@ from ssl_ray.config import Config, canonical_hash, identity, to_dict
 from ssl_ray.errors import DataError, ResourceError, RunMismatchError, UsageError
 
 FORMAT_VERSION = 3
+EVERY_STEP = ("step", "epoch", "loss", "images", "views", "seconds", "data_wait_s")
+"""What every record of a step has."""
+NO_TERMS = frozenset((*EVERY_STEP, "lr", "embedding_std", "effective_rank", "bad_samples", "digest"))
+"""Of a record of a step; whatever number is beside these is a term of the loss."""
 MOVES = 5
 """So often a new start tries to change the marker, while workers of earlier ones commit."""
 
