@@ -6,6 +6,7 @@ twice, a client that was away comes back to its job, and the same line submitted
 
 import asyncio
 import contextlib
+import logging
 import os
 import shlex
 import time
@@ -122,6 +123,7 @@ def connected(address: str) -> Any:
         ) from error
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address: got {address}, expected that of the dashboard, as http://127.0.0.1:8265.")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     with errors_of(address):
         return JobSubmissionClient(address)
 
