@@ -16,7 +16,7 @@ from ssl_ray.train import runs
 from ssl_ray.train.checkpoint import Snapshot, write_checkpoint
 
 SEGMENT_STEPS = 1000
-PENDING_EVALUATIONS = 3
+PENDING_EVALUATIONS = 10
 
 log = logging.getLogger(__name__)
 

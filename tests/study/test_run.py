@@ -208,7 +208,7 @@ recipe: digits
 keys: {train.workers: 0, evaluate.max_images: 200, checkpoint.every_steps: 4, views.size_px: 8, model.projector_dim: 32}
 sweep:
   optim.lr: {grid: [0.01, 1.0e-9, 1.1e-9, 1.2e-9]}
-budget: {views: 12000}
+budget: {views: 60000}
 readouts: 6
 objective: knn_accuracy
 asha: {grace: 0.3, reduction: 2}
@@ -227,10 +227,10 @@ def test_asha_ends_bad_trials_early_and_resume_leaves_them_ended(tmp_path: Path)
     for trial in ended:
         assert "scheduler" in trial.state.reason
         assert trial.settings["optim.lr"] < 1e-6
-        assert trial.curve.views[-1] < 12000 - 512
+        assert trial.curve.views[-1] < 60000 - 512
     for trial in set(trials) - set(ended):
         assert trial.state.status == "complete"
-        assert trial.curve.views[-1] == pytest.approx(12000, abs=512)
+        assert trial.curve.views[-1] == pytest.approx(60000, abs=512)
     before = {path: path.stat().st_mtime_ns for path in uri.glob("trials/*/trial.json")}
     assert ssl_ray({}, "study", "resume", str(uri), "--json").ok().json["counts"] == counts
     assert {path: path.stat().st_mtime_ns for path in uri.glob("trials/*/trial.json")} == before
