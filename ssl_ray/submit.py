@@ -23,7 +23,7 @@ LARGEST = 5
 """So many are named where it is too much."""
 STOP_S = 120
 """A job that is stopped has so long to leave a checkpoint; by default Ray kills it after 3 s."""
-ATTEMPTS = 5
+ATTEMPTS = 8
 POLL_S = 1.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -169,9 +169,11 @@ def _submit_once(client: Any, name: str, entry: str, environment: dict[str, Any]
         except Exception as error:
             if attempt and name in str(error) and "already exists" in str(error):
                 return
-            if not isinstance(error, OSError) or attempt == ATTEMPTS - 1:  # requests' are OSErrors
+            # Those of requests are OSErrors; a head that has just begun has no agent yet to run a job (status 500).
+            passes = isinstance(error, OSError) or "status code 5" in str(error)
+            if not passes or attempt == ATTEMPTS - 1:
                 raise
-            time.sleep(2**attempt)
+            time.sleep(min(10, 2**attempt))
 
 
 def _followed(client: Any, name: str, address: str, write: Callable[[str], None]) -> dict[str, Any]:
