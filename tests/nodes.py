@@ -48,7 +48,7 @@ class Nodes:
         options += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats", f"--labels=name={name}"]
         if head:
             pages = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-            pages += [f"--dashboard-agent-listen-port={free_port()}"]  # without it no job runs where another Ray has the usual one
+            pages += [f"--dashboard-agent-listen-port={free_port()}"]  # another Ray may have the usual one
             options += ["--include-dashboard=false"] if dashboard is None else pages
         with (self.folder / f"{name}.log").open("w") as log:
             self.processes[name] = subprocess.Popen(

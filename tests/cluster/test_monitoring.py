@@ -154,7 +154,7 @@ def end(driver: subprocess.Popen) -> None:
 STUDY = """
 recipe: digits
 keys: {train.workers: 0, train.steps: 1000000}
-sweep: {model.projector_dim: {grid: [16]}}
+sweep: {optim.lr: {grid: [0.001]}}
 seeds: [0]
 """
 

@@ -271,7 +271,7 @@ def test_optuna_proposes_trials_and_a_study_that_was_killed_goes_on(tmp_path: Pa
         lambda: any('"complete"' in path.read_text() for path in uri.glob("trials/*/trial.json")), driver, "a trial"
     )
     os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
+    finish(driver)
     time.sleep(5)  # Ray's workers notice
     before = {trial.name: trial.settings for trial in read_study(str(uri)).trials}
     assert 0 < len(before) < 5
