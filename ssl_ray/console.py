@@ -141,7 +141,7 @@ def _lines() -> Callable[[str, dict[str, Any]], None]:
             case "start":
                 total = value["total_steps"]
                 _say(_start_line(value))
-            case "stage":
+            case "stage" | "note":
                 _say(value["text"])
             case "study":
                 _say(_study_line(value))
@@ -171,7 +171,7 @@ def _live() -> Iterator[Callable[[str, dict[str, Any]], None]]:
                 case "start":
                     bar.console.print(shown(_start_line(value)), highlight=False, markup=False)
                     bar.update(task, total=value["total_steps"], completed=value["step"])
-                case "stage":
+                case "stage" | "note":
                     what, _, more = value["text"].partition(": ")
                     if more:
                         bar.console.print(shown(value["text"]), highlight=False, markup=False)

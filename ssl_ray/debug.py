@@ -30,14 +30,12 @@ import psutil
 from ssl_ray import __version__, storage
 from ssl_ray.doctor import doctor
 from ssl_ray.errors import DataError, SslRayError, without_secrets
-from ssl_ray.train import logs
+from ssl_ray.train import cluster, logs
 
 MAX_FILE, MAX_ALL = 2**20, 2**25
 """Bytes of a file, of which the end is kept, and of all together before they are packed."""
 NEWEST = {"failures": 20, "evaluations": 3, "metrics": 3}
 """So many files of each folder of a run are taken."""
-SCRATCH = Path("/tmp")
-"""Where sessions of Ray are looked for, besides those that run."""
 VARIABLES = re.compile(r"RAY_|AWS_|SSL_RAY|GLOO_|NCCL_|CUDA_|OMP_|TORCH_|PYTHONPATH$|TMPDIR$|LANG$|HTTPS?_PROXY$|NO_PROXY$", re.I)
 SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|KEY|CREDENTIAL|CONNECTION_STRING", re.I)
 """In the name of a variable."""
@@ -183,7 +181,7 @@ def _add_logs(bundle: _Bundle, uri: str) -> None:
 
 def _sessions() -> list[Path]:
     """Folders of Ray's sessions of this user on this machine, those of its processes too, the newest last."""
-    folders = {Path(os.path.realpath(path)) for pattern in ("session_*", "*/session_*") for path in SCRATCH.glob(pattern)}
+    folders = {Path(os.path.realpath(path)) for pattern in ("session_*", "*/session_*") for path in cluster.SCRATCH.glob(pattern)}
     for process in psutil.process_iter(["cmdline"]):
         for part in process.info["cmdline"] or []:
             if part.startswith(("--session-dir=", "--session_dir=")):

@@ -62,7 +62,7 @@ def run_trial(given: dict[str, Any]) -> None:
     views = made.train.batch * made.views.count
 
     def progress(kind: str, value: dict[str, Any]) -> None:
-        if kind == "stage" and "is told no more" in value["text"]:
+        if kind == "note":
             tune.report({"note": value["text"]})
         # Not of the last: who has had its whole budget is not ended early.
         if kind == "evaluation" and value["step"] and value["step"] < planned.settings["train.steps"]:
@@ -197,10 +197,8 @@ def concurrency(there: Capacity, configs: list[Config]) -> int:
     """
     counts = []
     for made in configs:
-        where, threads = (
-            Where(train=made.train.label, data=made.train.label if alone(made) else made.data.label),
-            made.train.threads,
-        )
+        where = Where(train=made.train.label, data=made.train.label if alone(made) else made.data.label)
+        threads = made.train.threads
         cpus = cpus_of(there.most, where)
         require_cpus(cpus, workers=made.train.workers, threads=threads, where=where, grown=bool(there.coming))
         counts.append(cpus.count(threads, 0 if alone(made) else threads) / max(1, made.train.most_workers()))

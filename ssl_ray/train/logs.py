@@ -18,7 +18,7 @@ from logging.handlers import RotatingFileHandler
 from typing import Any
 
 from ssl_ray.errors import Stopped, without_secrets
-from ssl_ray.train import cluster
+from ssl_ray.train import cluster, runs
 
 MAX_BYTES = 2**24
 """Of a file; a second one has what was before."""
@@ -60,7 +60,7 @@ def folder() -> str | None:
 
 def short_name(run: str) -> str:
     """The last part of a run's URI, as the name of a file may have it."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", run.rstrip("/").rpartition("/")[2])[:80]
+    return re.sub(r"[^A-Za-z0-9._-]", "_", runs.name_of(run))[:80]
 
 
 def _handler(run: str, rank: int | str) -> logging.Handler | None:

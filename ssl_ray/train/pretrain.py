@@ -27,7 +27,8 @@ ONE_REQUEST_S = 1.0
 """Signals within so many seconds are one request to stop: `timeout` sends it to the process and to its group."""
 
 Progress = Callable[[str, dict[str, Any]], None]
-"""Called with `stage` {text}, `starts` {number: so many of the workers}, `step` (a step's record), `evaluation` (read-outs)."""
+"""Called with `stage` {text}, `note` {text, of what is beside the run}, `starts` {number: so many of the workers}, `step` (its
+record), `evaluation` (read-outs)."""
 
 log = logging.getLogger(__name__)
 

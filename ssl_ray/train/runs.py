@@ -115,6 +115,11 @@ def open_run(uri: str, config: Config, run_id: dict[str, Any], *, resume: str) -
     return True
 
 
+def name_of(uri: str) -> str:
+    """The last part of a run's URI."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
 def load_run(uri: str) -> dict[str, Any]:
     """run.json of the run at `uri`; DataError if there is none or it is of another format."""
     at = storage.join(uri, "run.json")

@@ -138,7 +138,7 @@ class _Told:
             yield
         except Exception as error:  # of any library, with a network behind it
             self.trackers.pop(name, None)
-            self.progress("stage", {"text": f"{name} is told no more of this run: {storage.one_line(error)}"})
+            self.progress("note", {"text": f"{name} is told no more of this run: {storage.one_line(error)}"})
 
 
 # One generator each: takes what it needs at `next`, then lists of points, and ends what it began when it is closed
@@ -174,7 +174,7 @@ def _wandb(run: str, record: dict[str, Any], _: int, trackers: Trackers) -> Gene
     told = wandb.init(
         project=trackers.wandb,
         id=_id(run, record),
-        name=_name(run),
+        name=runs.name_of(run),
         config=config.flatten(record["config"]),
         resume="allow",
         settings=wandb.Settings(console="off", silent=True),
@@ -202,7 +202,7 @@ def _mlflow(run: str, record: dict[str, Any], _: int, trackers: Trackers) -> Gen
         told = found[0].info.run_id
         client.update_run(told, status="RUNNING")
     else:
-        told = client.create_run(number, run_name=_name(run), tags=tag).info.run_id
+        told = client.create_run(number, run_name=runs.name_of(run), tags=tag).info.run_id
         flat = config.flatten(record["config"])
         client.log_batch(told, params=[Param(key, str(value)) for key, value in flat.items()])
     try:
@@ -218,7 +218,3 @@ def _mlflow(run: str, record: dict[str, Any], _: int, trackers: Trackers) -> Gen
 
 def _id(run: str, record: dict[str, Any]) -> str:
     return hashlib.sha256(f"{run} {record['hash']}".encode()).hexdigest()[:16]
-
-
-def _name(run: str) -> str:
-    return run.rstrip("/").rpartition("/")[2]

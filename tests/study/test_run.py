@@ -146,6 +146,12 @@ def trial_processes(driver: psutil.Process) -> list[psutil.Process]:
     return [process for process in driver.children(recursive=True) if process.name().startswith("ray::ImplicitFunc")]
 
 
+def assert_same_after_restarts(uri: Path, whole: Study) -> None:
+    study = read_study(str(uri))
+    assert comparable(study) == comparable(whole)
+    assert sum(trial.state.attempts for trial in study.trials) > 4
+
+
 def steps_are_stored(uri: Path, number: int) -> bool:
     """Whether so many trials have a step in their metrics."""
     return len({path.parent for path in uri.glob("trials/*/metrics/*")}) >= number
@@ -163,8 +169,7 @@ def test_a_trial_whose_process_is_killed_goes_on_by_itself_to_the_same_results(w
         victim.kill()
     code, _, err = finish(driver)
     assert code == 0, err
-    assert comparable(read_study(str(uri))) == comparable(whole)
-    assert sum(trial.state.attempts for trial in read_study(str(uri)).trials) > 4
+    assert_same_after_restarts(uri, whole)
 
 
 @pytest.mark.long
@@ -180,8 +185,7 @@ def test_trials_whose_machine_is_gone_go_on_elsewhere_to_the_same_results(whole:
         nodes.kill("second")
         code, _, err = finish(driver)
     assert code == 0, err
-    assert comparable(read_study(str(uri))) == comparable(whole)
-    assert sum(trial.state.attempts for trial in read_study(str(uri)).trials) > 4
+    assert_same_after_restarts(uri, whole)
 
 
 @pytest.mark.long
