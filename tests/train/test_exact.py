@@ -12,6 +12,8 @@ import psutil
 import pytest
 from harness import SMALL, assert_same, finish, newest_step, ray_processes, records, results, run, start, wait_until
 
+from ssl_ray.train.runs import read_marker
+
 FAULT = Path(__file__).parents[1] / "fault"
 STEPS = 57
 ARGUMENTS = [
@@ -84,8 +86,12 @@ class Victim:
         # After a restart the step may be there before the workers are.
         there = lambda: len(ray_processes("RayTrainWorker", self.faults)) == self.workers  # noqa: E731
         assert wait_until(there, self.driver, "the workers"), self._ended()
+        start = read_marker(str(self.uri)).number
         ray_processes("RayTrainWorker", self.faults)[rank].kill()
         self.kills += 1
+        # Or the next kill could hit the same start of the workers: the steps that it waits for may be there already.
+        again = lambda: read_marker(str(self.uri)).number > start  # noqa: E731
+        assert wait_until(again, self.driver, "the workers' next start"), self._ended()
 
     def kill_at_rename(self, target: str, *, nth: int = 1) -> None:
         """SIGKILL to whichever process is the `nth` from now on to rename a file to a path with all words of `target` in it."""
