@@ -162,9 +162,12 @@ def _trackers(options: argparse.Namespace) -> Trackers:
 
 
 def _evaluate(options: argparse.Namespace) -> Result:
+    from ssl_ray.each import in_turn
+    from ssl_ray.ray_map import over_cluster
     from ssl_ray.train.readouts import evaluate_checkpoint
 
-    return evaluate_checkpoint(options.run, step=options.step, untrained=options.untrained), console.evaluation
+    with over_cluster(in_turn) as each:
+        return evaluate_checkpoint(options.run, step=options.step, untrained=options.untrained, each=each), console.evaluation
 
 
 def _plan(options: argparse.Namespace) -> Result:
@@ -302,23 +305,28 @@ def _study_list(options: argparse.Namespace) -> Result:
 
 def _data_pack(options: argparse.Namespace) -> Result:
     from ssl_ray import shards
+    from ssl_ray.each import in_threads
+    from ssl_ray.ray_map import over_cluster
 
-    with console.counting("images", quiet=options.json) as progress:
-        source = shards.open_source(options.source, split=options.split, root=options.root, download=options.download)
+    with console.counting("images", quiet=options.json) as progress, over_cluster(in_threads) as each:
+        where = {"split": options.split, "root": options.root, "download": options.download}
+        source = shards.open_source(options.source, **where, each=each)
         if not 0 < options.shard_mb < 2**20:
             raise UsageError(f"--shard-mb: got {options.shard_mb:g}, expected 0.0625 or more, up to 1048576.")
         size = int(options.shard_mb * 2**20)
-        manifest = shards.pack(
-            source, options.uri, seed=options.seed, shard_bytes=size, overwrite=options.overwrite, progress=progress
-        )
+        each = in_threads if source.on_this_machine else each
+        how = {"seed": options.seed, "shard_bytes": size, "overwrite": options.overwrite}
+        manifest = shards.pack(source, options.uri, **how, each=each, progress=progress)
     return _manifest_record(manifest) | ({} if source.left_out is None else {"left_out": source.left_out}), console.record
 
 
 def _data_index(options: argparse.Namespace) -> Result:
     from ssl_ray import shards
+    from ssl_ray.each import in_threads
+    from ssl_ray.ray_map import over_cluster
 
-    with console.counting("shards", quiet=options.json) as progress:
-        manifest = shards.index(options.uri, output=options.output, progress=progress)
+    with console.counting("shards", quiet=options.json) as progress, over_cluster(in_threads) as each:
+        manifest = shards.index(options.uri, output=options.output, each=each, progress=progress)
     note = shards.order_note(manifest)
     return _manifest_record(manifest) | ({} if note is None else {"note": note}), console.record
 
@@ -335,10 +343,13 @@ def _manifest_record(manifest: Any) -> dict[str, Any]:
 
 def _data_check(options: argparse.Namespace) -> Result:
     from ssl_ray import shards, views
+    from ssl_ray.each import in_turn
+    from ssl_ray.ray_map import over_cluster
 
-    with console.counting("shards", quiet=options.json) as progress:
+    with console.counting("shards", quiet=options.json) as progress, over_cluster(in_turn) as each:
         # Three channels: what cannot be decoded for them cannot be for one either.
-        report = shards.check(options.uri, decode=lambda data: views.decode(data, channels=3), progress=progress)
+        decode = functools.partial(views.decode, channels=3)
+        report = shards.check(options.uri, decode=decode, each=each, progress=progress)
     return report, console.check
 
 

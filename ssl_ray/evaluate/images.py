@@ -1,7 +1,6 @@
 """The images of the read-outs: chosen by key hash, so that every run of a data set is judged on the same ones."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -10,7 +9,6 @@ from ssl_ray.errors import DataError
 from ssl_ray.shards import Cache, Manifest
 
 MAX_TEST_IMAGES = 50_000
-_BATCH = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +77,16 @@ def _some(names: tuple[str, ...] | None) -> str:
 
 
 def plain_images(
-    chosen: Chosen, *, channels: int, size_px: int, cache: Cache | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of (uint8 [B, C, H, W] plain views, int64 [B] their positions in `chosen`); unreadable ones are left out."""
-    for start in range(0, len(chosen.rows), _BATCH):
-        part = slice(start, start + _BATCH)
-        samples = shards.read_samples(chosen.manifest, chosen.shards[part], chosen.rows[part], cache=cache)
-        made: list[np.ndarray] = []
-        positions: list[int] = []
-        for some in views.in_parts(samples.images, range(len(samples.images))):
-            decoded = views.decode_many(samples.images[some.start : some.stop], channels=channels)
-            good = {start + i: image for i, image in zip(some, decoded, strict=True) if isinstance(image, np.ndarray)}
-            if good:
-                made.append(views.plain(list(good.values()), size_px=size_px))
-                positions += good
-        if made:
-            yield np.concatenate(made), np.array(positions, np.int64)
+    chosen: Chosen, part: slice, *, channels: int, size_px: int, cache: Cache | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [B, C, H, W] plain views of the samples in `part`, int64 [B] their positions; unreadable ones are left out."""
+    positions = np.arange(len(chosen.rows))[part]
+    samples = shards.read_samples(chosen.manifest, chosen.shards[part], chosen.rows[part], cache=cache)
+    made, good = [np.zeros((0, channels, size_px, size_px), np.uint8)], np.full(len(positions), False)
+    for some in views.in_parts(samples.images, range(len(samples.images))):
+        decoded = views.decode_many(samples.images[some.start : some.stop], channels=channels)
+        images = [image for image in decoded if isinstance(image, np.ndarray)]
+        good[some.start : some.stop] = [isinstance(image, np.ndarray) for image in decoded]
+        if images:
+            made.append(views.plain(images, size_px=size_px))
+    return np.concatenate(made), positions[good]

@@ -1,5 +1,6 @@
 """Everything read again: shards against the manifest, samples against the index, images decoded; and counts."""
 
+import functools
 import io
 import itertools
 import warnings
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ssl_ray import storage
+from ssl_ray.each import Each, in_turn
 from ssl_ray.errors import DataError, SslRayError
 from ssl_ray.shards.index import Progress
 from ssl_ray.shards.manifest import Manifest, bad_samples, iter_index, load_manifest, write_bad_samples
@@ -35,23 +37,25 @@ def open_image(data: memoryview) -> None:
 
 
 def check(
-    uri: str, *, decode: Callable[[memoryview], object] = open_image, progress: Progress = lambda done, total: None
+    uri: str,
+    *,
+    decode: Callable[[memoryview], object] = open_image,
+    each: Each = in_turn,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Reads and decodes all of the data set at `uri`; writes bad.parquet where samples are bad, removes it where none is.
 
     decode: raises an error, whose text is the reason, for an image that is bad; what a run uses is views.decode.
+    each: how the shards are gone through, e.g. over a cluster (ray_map.over_cluster).
     Returns {ok, shards, samples, bad_shards: [{shard, reason}], bad_samples: [{shard, key, reason}], notes: [text]}.
     """
     manifest = load_manifest(uri)
-    forget_kept()
     bad_shards, bad_rows = [], []
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(THREADS) as pool:  # Pillow warns of odd files
-        for shard in range(len(manifest.counts)):
-            reason = _shard_problem(manifest, shard)
-            if reason is not None:
-                bad_shards.append({"shard": manifest.names[shard].as_py(), "reason": reason})
-            bad_rows += _bad_rows(manifest, shard, pool, decode)
-            progress(shard + 1, len(manifest.counts))
+    for shard, (reason, bad) in enumerate(each(functools.partial(_problems, manifest, decode), range(len(manifest.counts)))):
+        if reason is not None:
+            bad_shards.append({"shard": manifest.names[shard].as_py(), "reason": reason})
+        bad_rows += bad
+        progress(shard + 1, len(manifest.counts))
     note = order_note(manifest)
     notes = [] if note is None else [note]
     try:
@@ -59,15 +63,22 @@ def check(
     except SslRayError as error:  # what was found must not be lost with the list
         notes.append(f"bad.parquet is not up to date, so runs will not leave the bad samples out: {error}")
     names = manifest.names
-    bad = [{"shard": names[row["shard"]].as_py(), "key": row["key"], "reason": row["reason"]} for row in bad_rows]
+    bad_samples = [{"shard": names[row["shard"]].as_py(), "key": row["key"], "reason": row["reason"]} for row in bad_rows]
     return {
-        "ok": not bad_shards and not bad,
+        "ok": not bad_shards and not bad_samples,
         "shards": len(manifest.counts),
         "samples": manifest.num_samples,
         "bad_shards": bad_shards,
-        "bad_samples": bad,
+        "bad_samples": bad_samples,
         "notes": notes,
     }
+
+
+def _problems(manifest: Manifest, decode: Callable[[memoryview], object], shard: int) -> tuple[str | None, list[dict[str, Any]]]:
+    """What is wrong with a shard as a whole, and its bad samples."""
+    forget_kept()
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(THREADS) as pool:  # Pillow warns of odd files
+        return _shard_problem(manifest, shard), _bad_rows(manifest, shard, pool, decode)
 
 
 def _shard_problem(manifest: Manifest, shard: int) -> str | None:

@@ -8,6 +8,7 @@ then numbered in alphabetical order over the whole data set.
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -15,13 +16,13 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from ssl_ray import storage
+from ssl_ray.each import Each, in_threads
 from ssl_ray.errors import DataError
 from ssl_ray.shards.manifest import (
     INDEX_SCHEMA,
@@ -49,7 +50,6 @@ MAX_NAME = 1024
 """Characters of a member's name or a class's, as of a key in S3."""
 _HEADERS = 2**20
 """Bytes of headers before a member: a longer name, sparse map or the like is no name, but fills the memory."""
-THREADS = 4
 _TAIL = 2**16
 
 Progress = Callable[[int, int | None], None]
@@ -280,20 +280,16 @@ def _pass_over(uri: str, name: str) -> ShardIndex:
         return index_shard(file, name, where=at)
 
 
-def index(uri: str, *, output: str | None = None, progress: Progress = lambda done, total: None) -> Manifest:
+def index(
+    uri: str, *, output: str | None = None, each: Each = in_threads, progress: Progress = lambda done, total: None
+) -> Manifest:
     """Makes manifest and index for the shards below `uri`, there or below `output`; replaces earlier ones when it succeeds.
 
+    each: how the shards are gone through, e.g. over a cluster (ray_map.over_cluster).
     A manifest of the very same shards hands its names of numbered classes on, which `data pack` wrote into it alone.
     Raises DataError as index_shard does, and where some labels are numbers and others names.
     """
     names, output = shard_names(uri), output or uri
-
-    def passes() -> Iterator[tuple[str, ShardIndex]]:
-        with ThreadPoolExecutor(THREADS) as pool:
-            for start in range(0, len(names), 64):  # bounded: results wait for their turn
-                some = names[start : start + 64]
-                yield from zip(some, pool.map(lambda name: _pass_over(uri, name), some), strict=True)
-
     earlier = _manifest_at(uri) or _manifest_at(output)
     try:
         require_writable(output)
@@ -302,7 +298,7 @@ def index(uri: str, *, output: str | None = None, progress: Progress = lambda do
     return write_data_set(
         output,
         data_uri=uri,
-        shards=passes(),
+        shards=zip(names, each(functools.partial(_pass_over, uri), names), strict=True),
         class_names=None,
         shuffled=False,
         earlier=earlier,

@@ -1,18 +1,24 @@
 """Shards of our own: shuffled by a seed, written by webdataset's writer, with manifest and index."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from ssl_ray import storage
-from ssl_ray.errors import SslRayError, UsageError
+from ssl_ray.each import Each, in_threads
+from ssl_ray.errors import DataError, SslRayError, UsageError
 from ssl_ray.philox import PACK_ORDER, permutation
 from ssl_ray.shards.index import SUFFIXES, Progress, ShardIndex, index_shard, write_data_set
 from ssl_ray.shards.manifest import Manifest, clear, require_writable
-from ssl_ray.shards.sources import Image, Source
+from ssl_ray.shards.sources import Source
 
 _READ_AT_ONCE = 64
+_BLOCK = 512
+"""Of a tar: a header is one, and what follows it begins a new one."""
 
 
 def pack(
@@ -22,17 +28,20 @@ def pack(
     seed: int = 0,
     shard_bytes: int = 64 * 2**20,
     overwrite: bool = False,
+    each: Each = in_threads,
     progress: Progress = lambda done, total: None,
 ) -> Manifest:
     """Writes the images of `source` to shards below `uri`, in an order drawn from `seed`.
 
-    A shard ends with the sample that brings it to `shard_bytes`.  The manifest comes last: a pack that was killed leaves
-    none, and is begun again with `overwrite`; one that fails removes its shards.
+    A shard ends with the sample that brings it to `shard_bytes`, so that all are known before one is written: `each` makes
+    them, in this process or over a cluster (ray_map.over_cluster), with the same bytes.
+    The manifest comes last: a pack that was killed leaves none, and is begun again with `overwrite`; one that fails removes
+    its shards.
     Raises UsageError if there are shards already and not `overwrite`, or nothing to pack; DataError if it cannot write.
     """
     if shard_bytes < 2**16:
         raise UsageError(f"--shard-mb: got {shard_bytes / 2**20:g}, expected 0.0625 or more.")
-    if source.count == 0:
+    if not len(source.sizes):
         raise UsageError(f"{source.name}: no images to pack.")
     if source.place is not None and _same_place(source.place, uri):
         raise UsageError(f"{uri}: the source itself, which must stay as it is. Give another place to write to.")
@@ -43,17 +52,26 @@ def pack(
     clear(uri)
     for name in there:
         storage.remove(storage.join(uri, name))
+    order = permutation(len(source.sizes), key=(seed, 0), purpose=PACK_ORDER)
+    borders = _borders(source, order, shard_bytes)
+    write = functools.partial(_write_shard, source, uri, order, borders)
+
+    made = each(write, range(len(borders) - 1))
+
+    def written() -> Iterator[tuple[str, ShardIndex]]:
+        for number, shard in enumerate(made):
+            if not storage.exists(storage.join(uri, _name(number))):
+                raise DataError(f"{uri}: {_name(number)}, which another machine wrote, is not here. Give a place that all see.")
+            progress(int(borders[number + 1]), len(order))
+            yield _name(number), shard
+
     with contextlib.ExitStack() as undo:
-
-        def upload(local: Path) -> None:
-            at = storage.join(uri, local.name)
-            undo.callback(_remove_if_possible, at)
-            storage.upload(str(local), at)
-
+        undo.callback(_remove_shards, uri)
+        undo.callback(made.close)
         manifest = write_data_set(
             uri,
             data_uri=uri,
-            shards=_write_shards(source, upload, seed=seed, shard_bytes=shard_bytes, progress=progress),
+            shards=written(),
             class_names=source.class_names,
             shuffled=True,
             progress=lambda shards_done: None,
@@ -69,47 +87,49 @@ def _same_place(first: str, second: str) -> bool:
     return one == other
 
 
-def _remove_if_possible(uri: str) -> None:
+def _remove_shards(uri: str) -> None:
     with contextlib.suppress(SslRayError):  # the failure of the pack is what the user must see
-        storage.remove(uri)
+        for name in storage.list_names(uri):
+            if name.endswith(SUFFIXES):
+                storage.remove(storage.join(uri, name))
 
 
-def _write_shards(
-    source: Source, upload: Callable[[Path], None], *, seed: int, shard_bytes: int, progress: Progress
-) -> Iterator[tuple[str, ShardIndex]]:
-    """Writes and uploads shard after shard; yields the name and index of each."""
-    images = _in_order(source, seed=seed)
-    done = number = 0
-    with storage.scratch_folder("pack") as folder:
-        while done < source.count:
-            local = Path(folder) / f"shard-{number:06d}.tar"
-            with storage.storage_errors(str(local), "writing a shard; TMPDIR chooses the place"):
-                done += _write_shard(local, images, shard_bytes=shard_bytes)
-            with local.open("rb") as file:
-                shard = index_shard(file, local.name, where=f"{source.name} packed as {local.name}")
-            upload(local)
-            local.unlink()
-            number += 1
-            progress(done, source.count)
-            yield local.name, shard
+def _borders(source: Source, order: np.ndarray, shard_bytes: int) -> np.ndarray:
+    """int64 [S + 1]: shard s holds the images order[borders[s]:borders[s + 1]].
+
+    What a sample takes are a header and an image, and again for a label; longer names take more, which is not counted.
+    """
+    taken = _BLOCK + -(-source.sizes // _BLOCK) * _BLOCK + np.where(source.labels >= 0, 2 * _BLOCK, 0)
+    ends = np.cumsum(taken[order])
+    borders, filled = [0], 0
+    while borders[-1] < len(order):
+        borders.append(min(int(np.searchsorted(ends, filled + shard_bytes)) + 1, len(order)))
+        filled = int(ends[borders[-1] - 1])
+    return np.array(borders)
 
 
-def _in_order(source: Source, *, seed: int) -> Iterator[Image]:
-    order = permutation(source.count, key=(seed, 0), purpose=PACK_ORDER)
-    for start in range(0, source.count, _READ_AT_ONCE):
-        yield from source.read(order[start : start + _READ_AT_ONCE])
+def _name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
 
 
-def _write_shard(local: Path, images: Iterator[Image], *, shard_bytes: int) -> int:
-    """Writes images until the shard has its size or none is left; returns how many."""
+def _write_shard(source: Source, uri: str, order: np.ndarray, borders: np.ndarray, number: int) -> ShardIndex:
+    """Writes and uploads a shard; what an index says of it."""
     from webdataset import TarWriter
 
-    count = 0
-    with local.open("wb") as file, TarWriter(file, mtime=0, user="", group="", format="PAX_FORMAT") as writer:
-        for key, data, extension, label in images:
-            sample = {"__key__": key, extension: data}
-            writer.write(sample if label is None else sample | {"cls": str(label).encode()})
-            count += 1
-            if writer.tarstream.offset >= shard_bytes:
-                break
-    return count
+    numbers = order[borders[number] : borders[number + 1]]
+    with storage.scratch_folder("pack") as folder:
+        local = Path(folder) / _name(number)
+        with (
+            storage.storage_errors(str(local), "writing a shard; TMPDIR chooses the place"),
+            local.open("wb") as file,
+            TarWriter(file, mtime=0, user="", group="", format="PAX_FORMAT") as writer,
+        ):
+            for start in range(0, len(numbers), _READ_AT_ONCE):
+                some = numbers[start : start + _READ_AT_ONCE]
+                for (key, data, extension), label in zip(source.read(some), source.labels[some].tolist(), strict=True):
+                    sample = {"__key__": key, extension: data}
+                    writer.write(sample if label < 0 else sample | {"cls": str(label).encode()})
+        with local.open("rb") as packed:
+            shard = index_shard(packed, local.name, where=f"{source.name} packed as {local.name}")
+        storage.upload(str(local), storage.join(uri, local.name))
+    return shard

@@ -24,7 +24,7 @@ from ssl_ray.errors import DataError
 from ssl_ray.shards import cache as kept
 from ssl_ray.shards.cache import Cache
 from ssl_ray.shards.fetch import Gone, fetch, forget_sizes
-from ssl_ray.shards.manifest import MAX_UNPACKED, Manifest, index_rows, is_gzip
+from ssl_ray.shards.manifest import INDEX_SCHEMA, MAX_UNPACKED, Manifest, index_rows, is_gzip
 
 MERGE_GAP_BYTES = 64 * 2**10
 """Two samples this near are read by one request, with what lies between."""
@@ -51,6 +51,27 @@ class Samples:
     """Those answered, repeated ones too."""
     bytes_read: int
     """In these answers: with gaps, and compressed where a shard is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """Where samples are, and what the index knows of them: arrays [n]."""
+
+    keys: list[str]
+    shards: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    crc32: np.ndarray
+    labels: np.ndarray
+    hashes: np.ndarray
+
+
+_COLUMNS = ("shard", "offset", "size", "crc32", "label", "hash")
+
+
+def located_in(rows: pa.Table) -> Located:
+    """The samples in rows of an index."""
+    return Located(rows["key"].to_pylist(), *(rows[name].to_numpy() for name in _COLUMNS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,17 +143,31 @@ def read_samples(manifest: Manifest, shards: np.ndarray, rows: np.ndarray, *, ca
     Raises DataError if the storage keeps failing or forbids reading.
     """
     count = len(shards)
-    local = storage.is_local(manifest.data_uri)
-    labels, hashes, keys = np.zeros(count, np.int64), np.zeros(count, np.uint64), [""] * count
-    requests: list[_Request] = []
-    order = np.lexsort((rows, shards))
-    for where in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if count else []:
-        shard, own = int(shards[where[0]]), rows[where]
-        table = index_rows(manifest, shard)
-        labels[where], hashes[where] = table["label"].to_numpy()[own], table["hash"].to_numpy()[own]
+    columns = {name: np.zeros(count, INDEX_SCHEMA.field(name).type.to_pandas_dtype()) for name in _COLUMNS}
+    keys = [""] * count
+    for where in _by_shard(shards, rows):
+        table, own = index_rows(manifest, int(shards[where[0]])), rows[where]
+        for name, values in columns.items():
+            values[where] = table[name].to_numpy()[own]
         for position, key in zip(where.tolist(), table["key"].take(pa.array(own)).to_pylist(), strict=True):
             keys[position] = key
-        everything = _Request(shard, where, *(table[name].to_numpy()[own] for name in ("offset", "size", "crc32")))
+    return read_located(manifest, Located(keys, *columns.values()), cache=cache)
+
+
+def _by_shard(shards: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+    """Positions of the samples of each shard, in the order of `rows`."""
+    order = np.lexsort((rows, shards))
+    return np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(shards) else []
+
+
+def read_located(manifest: Manifest, located: Located, *, cache: Cache | None = None) -> Samples:
+    """`read_samples` where the rows of the index are at hand, of which nothing is read."""
+    count, shards = len(located.shards), located.shards
+    local = storage.is_local(manifest.data_uri)
+    requests: list[_Request] = []
+    for where in _by_shard(shards, located.offsets):
+        shard = int(shards[where[0]])
+        everything = _Request(shard, where, located.offsets[where], located.sizes[where], located.crc32[where])
         requests += [everything] if is_gzip(manifest.names[shard].as_py()) else everything.requests()
     images: list[memoryview | None] = [None] * count
     problems: dict[int, str] = {}
@@ -145,7 +180,8 @@ def read_samples(manifest: Manifest, shards: np.ndarray, rows: np.ndarray, *, ca
                 images[position] = image
             problems |= answer.problems
             answered, bytes_read = answered + answer.requests, bytes_read + answer.bytes_read
-    return Samples(images, labels, hashes, keys, dict(sorted(problems.items())), answered, bytes_read)
+    labels, problems = located.labels.astype(np.int64), dict(sorted(problems.items()))
+    return Samples(images, labels, located.hashes, located.keys, problems, answered, bytes_read)
 
 
 def _read(manifest: Manifest, cache: Cache | None, request: _Request) -> _Answer:

@@ -1,7 +1,8 @@
-"""Where images come from before they are shards. Each source gives (key, encoded image, extension, label) by number."""
+"""Where images come from before they are shards. Each source gives (key, encoded image, extension) by number."""
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import itertools
 import math
@@ -11,41 +12,54 @@ import struct
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from ssl_ray import storage
+from ssl_ray.each import Each, in_threads
 from ssl_ray.errors import DataError, UsageError
 from ssl_ray.shards.index import IMAGES, SUFFIXES, index, is_text
-from ssl_ray.shards.manifest import Manifest, is_gzip
-from ssl_ray.shards.read import read_samples
+from ssl_ray.shards.manifest import INDEX_SCHEMA, Manifest, is_gzip, iter_index
+from ssl_ray.shards.read import located_in, read_located
 
-Image = tuple[str, bytes, str, int | None]
-"""Key, encoded bytes, extension without the dot, class number or None."""
+Image = tuple[str, bytes, str]
+"""Key, encoded bytes, extension without the dot."""
 
+T = TypeVar("T")
 TORCHVISION = ("cifar10", "cifar100", "stl10")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
+    """What is known of images before they are read; all of it, `read` too, may go to other processes."""
+
     name: str
-    count: int
+    sizes: np.ndarray
+    """int64 [n], bytes of each encoded image."""
+    labels: np.ndarray
+    """int64 [n], class numbers, -1 where there is none."""
     class_names: list[str] | None
-    read: Callable[[Sequence[int] | np.ndarray], list[Image]]
-    """The images of the given numbers, 0 to count - 1."""
+    read: Callable[[np.ndarray], list[Image]]
+    """The images of the given numbers, 0 to n - 1."""
     place: str | None = None
     """The folder or URI that is read when `read` is called, which must not be written to."""
     left_out: str | None = None
     """How many files in it are of other kinds, and which kinds."""
+    on_this_machine: bool = False
+    """Whether other machines could not read it, wherever it lies."""
 
 
-def open_source(name: str, *, split: str = "train", root: str | None = None, download: bool = False) -> Source:
+def open_source(
+    name: str, *, split: str = "train", root: str | None = None, download: bool = False, each: Each = in_threads
+) -> Source:
     """`digits`, `fashion-mnist`, `cifar10`, `cifar100`, `stl10`, or a folder of images or of WebDataset shards.
 
     root: the folder of the files of fashion-mnist, cifar and stl10.  download: let torchvision fetch what is not there.
+    each: how shards, which are all read once, are gone through, as for `index`.
     Raises UsageError for a name or split that does not exist, DataError for files that are not there.
     """
     if name == "digits":
@@ -58,13 +72,13 @@ def open_source(name: str, *, split: str = "train", root: str | None = None, dow
         _check_split(name, split, ("train", "test", "unlabeled") if name == "stl10" else ("train", "test"))
         return _torchvision(name, _root(name, root), split, download)
     if "://" in name:
-        return _shards(name)
+        return _shards(name, each)
     folder = Path(name)
     if not folder.is_dir():
         known = ", ".join(("digits", "fashion-mnist", *TORCHVISION))
         raise UsageError(f"{name}: no such source. Give one of {known}, or a folder of images or shards.")
     if any(entry.endswith(SUFFIXES) for entry in storage.list_names(name)):
-        return _shards(name)
+        return _shards(name, each)
     return _image_folder(folder)
 
 
@@ -94,14 +108,13 @@ def stored_png(pixels: np.ndarray) -> bytes:
 
 def of_arrays(name: str, pixels: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None) -> Source:
     """pixels uint8 [n, H, W] or [n, H, W, 3]; label -1 is none."""
+    size = len(stored_png(pixels[0])) if len(pixels) else 0  # whatever its pixels are
+    own = np.full(len(pixels), -1) if labels is None else labels.astype(np.int64)
+    return Source(name, np.full(len(pixels), size), own, class_names, functools.partial(_read_pixels, name, pixels))
 
-    def read(numbers: Sequence[int] | np.ndarray) -> list[Image]:
-        own = [-1] * len(pixels) if labels is None else labels
-        return [
-            (f"{name}-{i:08d}", stored_png(pixels[i]), "png", int(own[i]) if own[i] >= 0 else None) for i in map(int, numbers)
-        ]
 
-    return Source(name, len(pixels), class_names, read)
+def _read_pixels(name: str, pixels: np.ndarray, numbers: np.ndarray) -> list[Image]:
+    return [(f"{name}-{i:08d}", stored_png(pixels[i]), "png") for i in numbers.tolist()]
 
 
 def _digits() -> Source:
@@ -192,21 +205,23 @@ def _image_folder(root: Path) -> Source:
 
     # A dot ends the key in WebDataset; the extension stays in the key, so that a.png and a.jpg are two samples.
     keys = _distinct("/".join((*path.parent.parts, path.name.replace(".", "_"))) for path in relative)
-
-    def read(numbers: Sequence[int] | np.ndarray) -> list[Image]:
-        images: list[Image] = []
-        for i in map(int, numbers):
-            try:
-                data = paths[i].read_bytes()
-            except OSError as error:
-                raise DataError(f"{paths[i]}: cannot be read ({error.strerror}). Mend or remove it, and pack again.") from error
-            label = number[relative[i].parts[0]] if labelled else None
-            images.append((keys[i], data, _kind(paths[i]), label))
-        return images
-
+    labels = np.array([number[path.parts[0]] if labelled else -1 for path in relative], np.int64)
+    sizes = np.array([_of_file(path, os.path.getsize) for path in paths], np.int64)
+    read = functools.partial(_read_files, paths, keys)
     kinds = ", ".join(f".{kind}" if kind else "no extension" for kind, _ in others.most_common(5))
     left_out = f"{others.total()} files that are not .jpg .jpeg .png .webp ({kinds})" if others else None
-    return Source(str(root), len(paths), class_names if labelled else None, read, place=str(root), left_out=left_out)
+    return Source(str(root), sizes, labels, class_names if labelled else None, read, place=str(root), left_out=left_out)
+
+
+def _read_files(paths: list[Path], keys: list[str], numbers: np.ndarray) -> list[Image]:
+    return [(keys[i], _of_file(paths[i], Path.read_bytes), _kind(paths[i])) for i in numbers.tolist()]
+
+
+def _of_file(path: Path, ask: Callable[[Path], T]) -> T:
+    try:
+        return ask(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Mend or remove it, and pack again.") from error
 
 
 def _kind(path: Path) -> str:
@@ -241,31 +256,38 @@ def _distinct(keys: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _shards(uri: str) -> Source:
+def _shards(uri: str, each: Each) -> Source:
     """The samples of WebDataset shards that are there. Their keys get the shard's name before them, to be unique."""
     with contextlib.ExitStack() as undo:
         folder = undo.enter_context(storage.scratch_folder("index"))
-        manifest = index(uri, output=folder)
+        manifest = index(uri, output=folder, each=each)
+        rows = pa.concat_tables(iter_index(manifest, INDEX_SCHEMA.names)).combine_chunks()
         stems = [name.replace(".", "_") for name in manifest.names.to_pylist()]
-        if any(is_gzip(name) for name in manifest.names.to_pylist()):
+        unpack = any(is_gzip(name) for name in manifest.names.to_pylist())
+        if unpack:
             manifest = _unpacked(manifest, folder)
-        remove_folder = undo.pop_all().close
-    first = np.concatenate([[0], np.cumsum(manifest.counts)])
+        read = functools.partial(_read_rows, manifest, rows, stems)
+        weakref.finalize(read, undo.pop_all().close)
+    return Source(
+        uri,
+        rows["size"].to_numpy(),
+        rows["label"].to_numpy().astype(np.int64),
+        list(manifest.class_names or []) or None,
+        read,
+        place=uri,
+        on_this_machine=unpack,
+    )
 
-    def read(numbers: Sequence[int] | np.ndarray) -> list[Image]:
-        numbers = np.asarray(numbers, np.int64)
-        shard = np.searchsorted(first, numbers, side="right") - 1
-        samples = read_samples(manifest, shard, numbers - first[shard])
-        found: list[Image] = []
-        for i, image in enumerate(samples.images):
-            if image is None:
-                raise DataError(f"{uri}: {samples.keys[i]}: {samples.problems[i]}. Copy the shard again.")
-            label = int(samples.labels[i])
-            found.append((f"{stems[shard[i]]}/{samples.keys[i]}", bytes(image), _extension(image), None if label < 0 else label))
-        return found
 
-    weakref.finalize(read, remove_folder)
-    return Source(uri, manifest.num_samples, list(manifest.class_names or []) or None, read, place=uri)
+def _read_rows(manifest: Manifest, rows: pa.Table, stems: list[str], numbers: np.ndarray) -> list[Image]:
+    own = rows.take(pa.array(numbers))
+    samples = read_located(manifest, located_in(own))
+    found: list[Image] = []
+    for shard, key, image in zip(own["shard"].to_pylist(), samples.keys, samples.images, strict=True):
+        if image is None:
+            raise DataError(f"{manifest.data_uri}: {key}: {samples.problems[len(found)]}. Copy the shard again.")
+        found.append((f"{stems[shard]}/{key}", bytes(image), _extension(image)))
+    return found
 
 
 def _unpacked(manifest: Manifest, folder: str) -> Manifest:

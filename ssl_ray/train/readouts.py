@@ -1,6 +1,6 @@
 """Read-outs of a run's checkpoints: the weights of a step, features of plain images, numbers in RUN/evaluations/."""
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 
 from ssl_ray import shards, storage
 from ssl_ray.config import Config, build
+from ssl_ray.each import Each, in_turn
 from ssl_ray.errors import DataError
 from ssl_ray.evaluate import calibrate_batch_norm, evaluate_features, features
 from ssl_ray.evaluate.images import Chosen, choose, plain_images
@@ -16,6 +17,7 @@ from ssl_ray.train.checkpoint import load_weights
 from ssl_ray.train.loop import make_network
 
 CALIBRATION_IMAGES = 2048
+_BATCH = 512
 
 
 def _nothing_readable(chosen: Chosen) -> DataError:
@@ -23,29 +25,38 @@ def _nothing_readable(chosen: Chosen) -> DataError:
     return DataError(f"{uri}: no image for the read-outs can be read. Run `ssl-ray data check {uri}`.")
 
 
-def _plain(chosen: Chosen, config: Config) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _plain(chosen: Chosen, config: Config, start: int) -> tuple[np.ndarray, np.ndarray]:
     cache = shards.cache_at(config.data.cache_dir, config.data.cache_bytes)
-    return plain_images(chosen, channels=config.views.channels, size_px=config.views.size_px, cache=cache)
+    how = {"channels": config.views.channels, "size_px": config.views.size_px}
+    return plain_images(chosen, slice(start, start + _BATCH), **how, cache=cache)
 
 
-def _features(network: Any, chosen: Chosen, config: Config) -> tuple[np.ndarray, np.ndarray | None, int]:
+def _encoded(network: Any, chosen: Chosen, config: Config, start: int) -> tuple[np.ndarray, np.ndarray]:
+    images, positions = _plain(chosen, config, start)
+    return features(network.features, images) if len(images) else np.zeros((0, 0), np.float32), positions
+
+
+def _starts(chosen: Chosen) -> range:
+    return range(0, len(chosen.rows), _BATCH)
+
+
+def _features(network: Any, chosen: Chosen, config: Config, each: Each) -> tuple[np.ndarray, np.ndarray | None, int]:
     """h [n, D], labels [n] or None, and how many images could not be read."""
-    parts, kept = [], []
-    for images, positions in _plain(chosen, config):
-        parts.append(features(network.features, images))
-        kept.append(positions)
+    made = each(functools.partial(_encoded, network, chosen, config), _starts(chosen))
+    parts = [(h, positions) for h, positions in made if len(positions)]
     if not parts:
         raise _nothing_readable(chosen)
-    positions = np.concatenate(kept)
+    positions = np.concatenate([positions for _, positions in parts])
     labels = None if chosen.labels is None else chosen.labels[positions]
-    return np.concatenate(parts), labels, len(chosen.rows) - len(positions)
+    return np.concatenate([h for h, _ in parts]), labels, len(chosen.rows) - len(positions)
 
 
-def evaluate_run(uri: str, *, checkpoint: str | None, threads: int = 1) -> dict[str, Any]:
+def evaluate_run(uri: str, *, checkpoint: str | None, threads: int = 1, each: Each = in_turn) -> dict[str, Any]:
     """The read-outs of one checkpoint (a name below RUN/checkpoints), or of the untrained network (None).
 
     Writes them to RUN/evaluations/. The untrained network has its batch norm calibrated on the training images, so that
     the gain over it is not that of the statistics alone.
+    each: how the images are gone through, some hundreds at a time; with the same results whichever way.
     """
     torch.set_num_threads(threads)
     config = build(runs.load_run(uri)["config"], source=storage.join(uri, "run.json"))
@@ -58,13 +69,13 @@ def evaluate_run(uri: str, *, checkpoint: str | None, threads: int = 1) -> dict[
         load_weights(storage.join(uri, "checkpoints", checkpoint), network)
     else:
         some, _ = choose(manifest, eval_manifest, held_out=data.eval_fraction, max_images=CALIBRATION_IMAGES)
-        parts = [part for part, _ in _plain(some, config)]
-        if not parts:
+        images = np.concatenate([_plain(some, config, start)[0] for start in _starts(some)])
+        if not len(images):
             raise _nothing_readable(some)
-        calibrate_batch_norm(network.encoder, np.concatenate(parts), batch=256, encode=network.features)
+        calibrate_batch_norm(network.encoder, images, batch=256, encode=network.features)
     network.eval()
-    train_h, train_y, train_lost = _features(network, train, config)
-    test_h, test_y, test_lost = _features(network, test, config)
+    train_h, train_y, train_lost = _features(network, train, config, each)
+    test_h, test_y, test_lost = _features(network, test, config, each)
     result = evaluate_features(train_h, train_y, test_h, test_y, seed=config.seed)
     result |= {"unreadable": train_lost + test_lost}
     step = None if checkpoint is None else runs.checkpoint_step(checkpoint)
@@ -73,14 +84,14 @@ def evaluate_run(uri: str, *, checkpoint: str | None, threads: int = 1) -> dict[
     return result
 
 
-def evaluate_checkpoint(uri: str, *, step: int | None, untrained: bool) -> dict[str, Any]:
+def evaluate_checkpoint(uri: str, *, step: int | None, untrained: bool, each: Each = in_turn) -> dict[str, Any]:
     """The read-outs of the run at `uri`: of its newest committed checkpoint, that of `step`, or the untrained network.
 
     Raises DataError if there is no such checkpoint.
     """
     runs.load_run(uri)
     if untrained:
-        return evaluate_run(uri, checkpoint=None)
+        return evaluate_run(uri, checkpoint=None, each=each)
     marker = runs.read_marker(uri)
     names = {runs.checkpoint_step(name): name for name in storage.list_names(storage.join(uri, "checkpoints"))}
     names = {at: name for at, name in names.items() if at < marker.step or name == marker.checkpoint}
@@ -88,4 +99,4 @@ def evaluate_checkpoint(uri: str, *, step: int | None, untrained: bool) -> dict[
         raise DataError(f"{uri}: no checkpoint was committed yet. Continue the run first: ssl-ray pretrain -c {uri}")
     if step is not None and step not in names:
         raise DataError(f"{uri}: no checkpoint of step {step}. There are: {', '.join(map(str, sorted(names)))}.")
-    return evaluate_run(uri, checkpoint=names[marker.step if step is None else step])
+    return evaluate_run(uri, checkpoint=names[marker.step if step is None else step], each=each)

@@ -236,11 +236,11 @@ def test_a_random_order_gives_no_alarm(tmp_path, labels):
 
 
 def test_a_set_that_was_packed_gives_no_alarm_even_where_the_draw_has_runs(tmp_path):
-    labels: dict[int, int] = {}
-    source = Source("made", 100, None, lambda numbers: [(f"{i}", picture(0), "png", labels.get(i, 0)) for i in numbers])
+    image, labels = picture(0), np.zeros(100, np.int64)
+    source = Source("made", np.full(100, len(image)), labels, None, lambda numbers: [(f"{i}", image, "png") for i in numbers])
     manifest = shards.pack(source, str(tmp_path / "one"))
     drawn = [int(key) for key in shards.index_rows(manifest, 0)["key"].to_pylist()]
-    labels |= {number: place // 25 for place, number in enumerate(drawn)}  # as luck might have it
+    labels[drawn] = np.arange(100) // 25  # as luck might have it
     packed = str(tmp_path / "two")
     assert shards.order_note(shards.pack(source, packed)) is None
     assert shards.check(packed)["notes"] == []

@@ -18,12 +18,19 @@ from ssl_ray.shards import Source
 def a_source(count: int, *, size_px: int = 8, labelled: bool = True, fails_at: int | None = None, error=None) -> Source:
     """Images of one file, whose label is their number modulo 3."""
 
+    images = [picture(i, px=size_px) for i in range(count)]
+
     def read(numbers):
         if fails_at is not None and fails_at in list(numbers):
             raise error
-        return [(f"k/{i}", picture(int(i), px=size_px), "png", int(i) % 3 if labelled else None) for i in numbers]
+        return [(f"k/{i}", images[i], "png") for i in numbers]
 
-    return Source("made", count, ["a", "b", "c"] if labelled else None, read)
+    return of_images(images, read, [i % 3 if labelled else -1 for i in range(count)], ["a", "b", "c"] if labelled else None)
+
+
+def of_images(images: list[bytes], read, labels=None, class_names=None) -> Source:
+    sizes = np.array([len(image) for image in images], np.int64)
+    return Source("made", sizes, np.full(len(images), -1) if labels is None else np.array(labels, np.int64), class_names, read)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -89,14 +96,16 @@ def test_images_without_labels_have_no_classes(tmp_path):
 
 
 def test_class_names_without_any_label_are_no_classes(tmp_path):
-    unlabelled = Source("stl10-unlabeled", 3, ["a", "b"], lambda numbers: [(f"{i}", picture(i), "png", None) for i in numbers])
+    images = [picture(i) for i in range(3)]
+    unlabelled = of_images(images, lambda numbers: [(f"{i}", images[i], "png") for i in numbers], class_names=["a", "b"])
     assert shards.pack(unlabelled, str(tmp_path)).class_names is None
     assert shards.stats(str(tmp_path))["classes"] is None
 
 
 def test_long_and_foreign_keys_survive(tmp_path):
     keys = ["a" * 120 + "/" + "b" * 150, "grün/日本", "with space/[x]*?#%41"]
-    source = Source("odd", 3, None, lambda numbers: [(keys[i], picture(i), "png", None) for i in numbers])
+    images = [picture(i) for i in range(3)]
+    source = of_images(images, lambda numbers: [(keys[i], images[i], "png") for i in numbers])
     manifest = shards.pack(source, str(tmp_path / "a::b [x]*?#%41 ü"))
     assert sorted(shards.index_rows(manifest, 0)["key"].to_pylist()) == sorted(keys)
     got = shards.read_samples(manifest, np.zeros(3, np.int64), np.arange(3))
@@ -187,7 +196,7 @@ def test_a_killed_pack_leaves_no_manifest_and_is_begun_again_with_overwrite(tmp_
 
 
 def test_an_undecodable_or_wrong_image_is_packed_and_left_to_check(tmp_path):
-    source = Source("bad", 1, None, lambda numbers: [("k", b"no image", "jpg", None)])
+    source = of_images([b"no image"], lambda numbers: [("k", b"no image", "jpg")])
     shards.pack(source, str(tmp_path))
     assert [bad["key"] for bad in shards.check(str(tmp_path))["bad_samples"]] == ["k"]
 

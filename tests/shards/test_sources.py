@@ -18,7 +18,7 @@ def packed(source: shards.Source, folder: Path) -> tuple[shards.Manifest, dict[s
     """The manifest, and the samples that webdataset reads, by key."""
     manifest = shards.pack(source, str(folder))
     read = read_webdataset(folder)
-    assert len(read) == manifest.num_samples == source.count
+    assert len(read) == manifest.num_samples == len(source.sizes)
     return manifest, {sample["__key__"]: sample for sample in read}
 
 
