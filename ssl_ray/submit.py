@@ -162,18 +162,23 @@ def _name(client: Any, command: list[str]) -> tuple[str, bool]:
 
 def _submit_once(client: Any, name: str, entry: str, environment: dict[str, Any]) -> None:
     """Submits it, again where the answer is lost; that it is there by then is as good as an answer."""
-    for attempt in range(ATTEMPTS):
-        try:
-            client.submit_job(entrypoint=entry, submission_id=name, runtime_env=environment)
-            return
-        except Exception as error:
-            if attempt and name in str(error) and "already exists" in str(error):
-                return
-            # Those of requests are OSErrors; a head that has just begun has no agent yet to run a job (status 500).
-            passes = isinstance(error, OSError) or "status code 5" in str(error)
-            if not passes or attempt == ATTEMPTS - 1:
-                raise
-            time.sleep(min(10, 2**attempt))
+    import tenacity
+
+    retrying = tenacity.Retrying(
+        # Those of requests are OSErrors; a head that has just begun has no agent yet to run a job (status 500).
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, OSError) or "status code 5" in str(error)),
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=tenacity.wait_exponential(max=10),
+        reraise=True,
+    )
+    for attempt in retrying:
+        with attempt:
+            try:
+                client.submit_job(entrypoint=entry, submission_id=name, runtime_env=environment)
+            except Exception as error:
+                is_first = attempt.retry_state.attempt_number == 1
+                if is_first or name not in str(error) or "already exists" not in str(error):
+                    raise
 
 
 def _followed(client: Any, name: str, address: str, write: Callable[[str], None]) -> dict[str, Any]:
