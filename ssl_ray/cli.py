@@ -13,13 +13,16 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ssl_ray import __version__, config, console, storage
 from ssl_ray.config import Config
 from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, UsageError, shown
 from ssl_ray.train import trackers
 from ssl_ray.train.trackers import Trackers, tracked
+
+if TYPE_CHECKING:
+    from ssl_ray.study.spec import Spec
 
 RECIPES = Path(__file__).parent / "recipes"
 STUDIES = Path(__file__).parent / "study" / "studies"
@@ -253,25 +256,40 @@ def _runs_list(options: argparse.Namespace) -> Result:
 
 
 def _study_run(options: argparse.Namespace) -> Result:
-    from ssl_ray.study import prepare, run, spec
+    from ssl_ray.study import paper, prepare, run
 
     values = _read_recipe(options.study, folder=STUDIES)
     small = values.pop("small", None)
     if options.small and small is None:
         raise UsageError(f"--small: {options.study} has no part `small`, which says what is smaller.")
-    made = spec.parse({"name": Path(options.study).stem} | values | (small if options.small else {}), source=options.study)
+    values = {"name": Path(options.study).stem} | values | (small if options.small else {})
+    parts = values.get("parts")
+    if parts is not None and (not isinstance(parts, dict) or sorted(parts) != sorted(paper.PARTS) or len(values) != 2):
+        raise UsageError(f"{options.study}: parts: expected {', '.join(paper.PARTS)}, a study each, and nothing beside them.")
+    trackers.require(_trackers(options))
+    uri = storage.absolute(options.output or f"studies/{values['name']}{'-small' if options.small else ''}")
+    if parts is not None:
+        made = {name: _read_study({"name": name} | part, options) for name, part in parts.items()}
+        with console.progress(quiet=options.json) as progress:
+            return paper.run_parts(uri, made, progress=progress, trackers=_trackers(options)), console.claims
+    spec, base = _read_study(values, options)
+    with console.progress(quiet=options.json) as progress:
+        begin = functools.partial(prepare.prepare, uri, spec, base, progress=progress)
+        study = run.run(uri, begin=begin, progress=progress, trackers=_trackers(options))
+    return study.summary, console.study_summary
+
+
+def _read_study(values: dict[str, Any], options: argparse.Namespace) -> "tuple[Spec, Config]":
+    """A study as its text and the overrides say, and the configuration that its trials start from."""
+    from ssl_ray.study import spec
+
+    made = spec.parse(values, source=options.study)
     given = [text.removeprefix("--").partition("=")[0] for text in options.overrides]
     swept = {*made.sweep, *(key for cell in made.cells for key in cell)} & {*given, *made.keys}
     if swept:
         raise UsageError(f"{min(swept)} is swept by {options.study}, and cannot be set for all trials.")
     spec.require_free(made, given, options.study)
-    base = read_config(made.recipe, [*(f"{key}={value}" for key, value in made.keys.items()), *options.overrides])
-    trackers.require(_trackers(options))
-    uri = storage.absolute(options.output or f"studies/{made.name}{'-small' if options.small else ''}")
-    with console.progress(quiet=options.json) as progress:
-        begin = functools.partial(prepare.prepare, uri, made, base, progress=progress)
-        study = run.run(uri, begin=begin, progress=progress, trackers=_trackers(options))
-    return study.summary, console.study_summary
+    return made, read_config(made.recipe, [*(f"{key}={value}" for key, value in made.keys.items()), *options.overrides])
 
 
 def _study_resume(options: argparse.Namespace) -> Result:

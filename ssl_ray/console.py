@@ -367,6 +367,15 @@ def study_summary(values: dict[str, Any]) -> None:
     print("trials    " + ", ".join(f"{count} {status}" for status, count in values["counts"].items()))
 
 
+def claims(values: dict[str, Any]) -> None:
+    """Two lines for each: the verdict and the claim, and what was measured."""
+    for row in values["claims"]:
+        print(f"{row['verdict']:<10} {row['claim']}")
+        interval = f"{_short(row['effect'])} ({_short(row['low'])} to {_short(row['high'])}, {row['n']} seeds)"
+        print(f"{'':<10} {row['measured']}: {interval}; the claim: above {_short(row['above'])}")
+    print("trials     " + ", ".join(f"{count} {status}" for status, count in values["counts"].items()))
+
+
 _END = (
     ("loss", "loss"),
     ("alpha", "alpha"),

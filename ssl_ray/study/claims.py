@@ -1,0 +1,216 @@
+"""The paper's claims (arXiv 2312.10725), judged by three studies of ours: a verdict is computed from an interval, never typed.
+
+Every effect is a mean over seeds of what two arms that share the seed differ by, so of the same images held out and the same
+initial weights where the shapes are equal; its interval is Student's over the seeds.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from ssl_ray.study.analysis import Interval, best_beta, fit_power_law, mean_interval, time_to_target
+from ssl_ray.study.results import Study, Trial
+
+MARGIN = 0.005
+"""Of accuracy: an arm that is less worse than this counts as good as the other. The paper's effects are about as large."""
+
+Verdict = Literal["shown", "not shown", "opposite"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+    part: str
+    """a: projector and beta; b: best beta over d; c: time over views; d: images against views."""
+    text: str
+    measure: str
+    effect: Interval
+    threshold: float
+    """The claim says that the effect is above it."""
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.effect.low > self.threshold:
+            return "shown"
+        return "opposite" if self.effect.high < self.threshold else "not shown"
+
+
+def claims(projector: Study, views: Study, fraction: Study) -> list[Claim]:
+    """The verdicts of what has been trained so far: arms or seeds that are absent make an interval without bounds.
+
+    projector: d times beta at m = 2.  views: cells of (m, d), of which that with m = 2 and the largest d is the baseline.
+    fraction: cells of (m, fraction), of which that with the fewest views of the largest fraction is the baseline.
+    """
+    return [*_projector(projector), *_slope(projector), *_views(views), *_fraction(fraction)]
+
+
+def as_rows(found: list[Claim]) -> list[dict[str, Any]]:
+    """For a table or JSON."""
+    return [
+        {"claim": f"({claim.part}) {claim.text}", "verdict": claim.verdict, "measured": claim.measure}
+        | {"effect": _known(claim.effect.mean), "low": _known(claim.effect.low), "high": _known(claim.effect.high)}
+        | {"above": claim.threshold, "n": claim.effect.n}
+        for claim in found
+    ]
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _results(study: Study, key: Callable[[Trial], Any]) -> dict[Any, dict[int, float]]:
+    """The result of each seed, by what `key` says of a trial."""
+    found: dict[Any, dict[int, float]] = {}
+    for trial in study.trials:
+        value = trial.result(study.head.objective)
+        if math.isfinite(value):
+            found.setdefault(key(trial), {})[trial.seed] = value
+    return found
+
+
+def _paired(one: dict[int, float], other: dict[int, float]) -> Interval:
+    """Mean of one less other over the seeds that both have."""
+    return mean_interval([one[seed] - other[seed] for seed in one if seed in other])
+
+
+def _difference(arm: str, other: str) -> str:
+    return f"accuracy of {arm} less that of {other}"
+
+
+# (a), (b) ------------------------------------------------------------------------------------------------------------
+
+
+def _chosen(cells: dict[float, dict[int, float]], seed: int) -> float:
+    """The beta that is best on the other seeds, so that what it reaches on this one is not what it was chosen for."""
+    betas = sorted(cells)
+    others = [[value for other, value in cells[beta].items() if other != seed] for beta in betas]
+    means = [float(np.mean(each)) if each else -math.inf for each in others]
+    return betas[int(np.argmax(means))]
+
+
+def _projector(study: Study) -> list[Claim]:
+    of_cell = _results(study, lambda trial: (trial.d, trial.beta))
+    by_d: dict[int, dict[float, dict[int, float]]] = {}
+    for (d, beta), seeds in of_cell.items():
+        by_d.setdefault(d, {})[beta] = seeds
+    if not by_d:
+        return []
+    largest = max(by_d)
+    best: dict[int, dict[int, float]] = {d: {} for d in by_d}
+    fixed: dict[int, dict[int, float]] = {d: {} for d in by_d}
+    for seed in study.head.seeds:
+        of_largest = _chosen(by_d[largest], seed)
+        for d, cells in by_d.items():
+            for arm, beta in ((best, _chosen(cells, seed)), (fixed, of_largest)):
+                if seed in cells.get(beta, {}):
+                    arm[d][seed] = cells[beta][seed]
+    found = []
+    for d in sorted(by_d.keys() - {largest}):
+        found.append(
+            Claim(
+                part="a",
+                text=f"with the best beta of each, d = {d} is as good as d = {largest}",
+                measure=_difference(f"d = {d}", f"d = {largest}"),
+                effect=_paired(best[d], best[largest]),
+                threshold=-MARGIN,
+            )
+        )
+        found.append(
+            Claim(
+                part="a",
+                text=f"d = {d} needs a larger beta than the best one of d = {largest}",
+                measure=_difference("its best beta", f"the best beta of d = {largest}") + f", both with d = {d}",
+                effect=_paired(best[d], fixed[d]),
+                threshold=0.0,
+            )
+        )
+    return found
+
+
+def _slope(study: Study) -> list[Claim]:
+    points = []
+    for seed in study.head.seeds:
+        trials = [trial for trial in study.trials if trial.seed == seed]
+        values = [trial.result(study.head.objective) for trial in trials]
+        points += best_beta([trial.d for trial in trials], [trial.beta for trial in trials], values)
+    slope = fit_power_law([point.d for point in points], [point.beta for point in points]).slope
+    falls = Interval(-slope.mean, -slope.high, -slope.low, slope.n)
+    text = "the best beta falls with d (as 1/d: a slope of -1)"
+    return [Claim(part="b", text=text, measure="log best beta over log d, fall", effect=falls, threshold=0.0)]
+
+
+# (c), (d) ------------------------------------------------------------------------------------------------------------
+
+
+def _views(study: Study) -> list[Claim]:
+    """How many times as soon each arm has what the baseline has at its end."""
+    of_cell = _results(study, lambda trial: (trial.m, trial.d))
+    if not of_cell:
+        return []
+    baseline = min(of_cell, key=lambda cell: (cell[0], -cell[1]))
+    target = float(np.mean(list(of_cell[baseline].values())))
+    found = []
+    for cell in sorted(of_cell.keys() - {baseline}):
+        for unit in ("minutes", "views"):
+            logs = [_log_ratio(study, seed, baseline, cell, target, unit) for seed in study.head.seeds]
+            log = mean_interval(logs) if all(map(math.isfinite, logs)) else mean_interval([])
+            found.append(
+                Claim(
+                    part="c",
+                    text=f"m = {cell[0]}, d = {cell[1]} needs fewer {unit} than m = {baseline[0]}, d = {baseline[1]}",
+                    measure=f"{unit} to an accuracy of {target:.4f} of the latter by those of the former",
+                    effect=Interval(math.exp(log.mean), math.exp(log.low), math.exp(log.high), log.n),
+                    threshold=1.0,
+                )
+            )
+    return found
+
+
+def _log_ratio(study: Study, seed: int, baseline: tuple[int, int], cell: tuple[int, int], target: float, unit: str) -> float:
+    """log of what the baseline needs by what the cell needs; NaN where the cell does not get there.
+
+    A baseline that does not get there counts with all it had, which is less than it needs.
+    """
+    at = {}
+    for trial in study.trials:
+        if trial.seed == seed and (trial.m, trial.d) in (baseline, cell):
+            readouts = trial.readouts
+            at[trial.m, trial.d] = time_to_target(getattr(readouts, unit), getattr(readouts, study.head.objective), target)
+    if len(at) < 2 or not at[cell].reached or not at[cell].x > 0:
+        return math.nan
+    return math.log(at[baseline].x / at[cell].x) if at[baseline].x > 0 else math.nan
+
+
+def _fraction(study: Study) -> list[Claim]:
+    of_cell = _results(study, lambda trial: (trial.m, trial.fraction))
+    if not of_cell:
+        return []
+    baseline = min(of_cell, key=lambda cell: (-cell[1], cell[0]))
+    product = baseline[0] * baseline[1]
+    found = []
+    for m, fraction in sorted(of_cell.keys() - {baseline}):
+        if not math.isclose(m * fraction, product):
+            continue
+        share = f"{fraction:.0%} of the images"
+        found.append(
+            Claim(
+                part="d",
+                text=f"m = {m} with {share} is as good as m = {baseline[0]} with {baseline[1]:.0%}",
+                measure=_difference("the former", "the latter") + ", after equally many views",
+                effect=_paired(of_cell[m, fraction], of_cell[baseline]),
+                threshold=-MARGIN,
+            )
+        )
+        if (baseline[0], fraction) in of_cell:
+            found.append(
+                Claim(
+                    part="d",
+                    text=f"with {share}, m = {m} is better than m = {baseline[0]}",
+                    measure=_difference(f"m = {m}", f"m = {baseline[0]}") + ", after equally many views",
+                    effect=_paired(of_cell[m, fraction], of_cell[baseline[0], fraction]),
+                    threshold=0.0,
+                )
+            )
+    return found
