@@ -139,9 +139,11 @@ def test_names_tell_the_setting_and_are_safe():
 def test_the_studies_that_come_along_are_studies(path: Path, small: bool):
     values = yaml.safe_load(path.read_text())
     part = values.pop("small")
-    made = spec.parse(values | (part if small else {}), source=path.stem)
-    base = config.to_dict(read_config(made.recipe, [f"{key}={value}" for key, value in made.keys.items()]))
-    for settings in spec.cells(made):
-        for seed in made.seeds:
-            spec.configured(base, settings, seed=seed, source=path.stem)
-    assert len(spec.cells(made)) * len(made.seeds) >= (12 if small else 9)
+    values |= part if small else {}
+    for study in values.get("parts", {"": values}).values():
+        made = spec.parse(study, source=path.stem)
+        base = config.to_dict(read_config(made.recipe, [f"{key}={value}" for key, value in made.keys.items()]))
+        for settings in spec.cells(made):
+            for seed in made.seeds:
+                spec.configured(base, settings, seed=seed, source=path.stem)
+        assert len(spec.cells(made)) * len(made.seeds) >= (12 if small else 9)
