@@ -171,10 +171,10 @@ def start_ray(folder: Path) -> tuple[Capacity, str]:
                 ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, _temp_dir=str(folder), **common)
         return of_cluster(free=True), ray.get_runtime_context().gcs_address
     except (RuntimeError, ConnectionError, TimeoutError) as error:
-        raise ResourceError(
-            f"Ray did not start or cannot be reached ({storage.one_line(error)}). Check RAY_ADDRESS, the token and free memory, "
-            "or set train.workers=0 to train in this process."
-        ) from error
+        remedy = "Check free memory, or set train.workers=0 to train in this process."
+        if os.environ.get("RAY_ADDRESS"):
+            remedy = "Check RAY_ADDRESS and the token, or unset it to use this machine alone."
+        raise ResourceError(f"Ray did not start or cannot be reached ({storage.one_line(error)}). {remedy}") from error
 
 
 @contextmanager
