@@ -266,6 +266,8 @@ def _card(
                 f"model.conv1 = torch.nn.Conv2d({{channels}}, {width}, 3, padding=1, bias=False)  # for small images\n"
                 "model.maxpool = torch.nn.Identity()"
             )
+    protocols = storage.join(uri, "evaluations", "protocols")
+    results = storage.list_names(protocols)
     found = [runs.evaluation_uri(uri, None), runs.evaluation_uri(uri, step)]
     return model_card(
         encoder=description,
@@ -275,6 +277,7 @@ def _card(
         classifier=classifier,
         facts=_facts(uri, config, step),
         readouts=[runs.read_json(at) for at in found if storage.exists(at)],
+        judged=[runs.read_json(storage.join(protocols, each)) for each in results if each.startswith(f"{step:010d}-")],
         recipe=to_dict(config),
         license=license,
     )

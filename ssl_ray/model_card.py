@@ -23,6 +23,7 @@ def model_card(
     classifier: str | None,
     facts: dict[str, object],
     readouts: list[dict[str, Any]],
+    judged: list[dict[str, Any]],
     recipe: dict[str, Any],
     license: str | None,
 ) -> str:
@@ -31,6 +32,7 @@ def model_card(
     encoder: as in encoder.json.  torchvision_options, stem, classifier: arguments of torchvision's model, the line that
     changes what comes before its first block, the name of its last layer; `small` has none.
     facts: of the training, by name; None where the run does not have it.  readouts: as in RUN/evaluations.
+    judged: the results of protocols, as in RUN/evaluations/protocols.
     recipe: the configuration, nested.
     """
     name, size, channels = encoder["encoder"], encoder["size_px"], encoder["channels"]
@@ -53,6 +55,7 @@ def model_card(
         "\n".join(f"- {key}: {in_line(str(value))}" for key, value in facts.items() if value is not None),
         "## Read-outs",
         _readouts(readouts),
+        *([_judged(judged)] if judged else []),
         f"## Recipe\n\n```yaml\n{_yaml(recipe)}```",
     ]
     return "\n\n".join(parts) + "\n"
@@ -162,3 +165,23 @@ def _readouts(readouts: list[dict[str, Any]]) -> str:
         rows.append(f"| {' | '.join([*cells, str(each['num_train']), str(each['num_test'])])} |")
     version = readouts[0].get("protocol", {}).get("version")
     return "\n".join([f"By ssl_ray's protocol {version}, on images of the training data or its held-out set.\n", *rows])
+
+
+def _judged(results: list[dict[str, Any]]) -> str:
+    rows = ["| protocol | measure | value | 95 % interval | trained on | judged on | of |", "|---|---|---|---|---|---|---|"]
+    for result in results:
+        name = f"{result['protocol']['name']}, version {result['protocol']['version']}"
+        for measure, found in _measures(result):
+            interval = "-" if found.get("interval") is None else "{:.4g} to {:.4g}".format(*found["interval"])
+            counts = (found.get("num_train", result["num_train"]), result["num_test"], f"`{in_line(result['test']['uri'])}`")
+            rows.append(f"| {name} | {measure} | {found['value']:.4g} | {interval} | {counts[0]} | {counts[1]} | {counts[2]} |")
+    return "\n".join(["By named protocols (`ssl-ray evaluate RUN PROTOCOL`):\n", *rows])
+
+
+def _measures(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Names of the numbers of a result, which have `value` and `interval`."""
+    found = [(name, value) for name, value in result.items() if isinstance(value, dict) and value.get("value") is not None]
+    found += [(f"top1, {each['images_per_class']} images a class", each) for each in result.get("shots", [])]
+    for each in result.get("fractions", []):
+        found.append((f"top1, {each['fraction']:.4g} of the labels", each["top1"] | {"num_train": each["num_train"]}))
+    return found

@@ -364,6 +364,31 @@ def test_the_card_says_what_the_encoder_is_and_how_good(packed, runs, exports):
         assert row.endswith(f"| {told['num_train']} | {told['num_test']} |")
 
 
+def test_the_card_has_the_results_of_named_protocols_at_its_step(export, runs, tmp_path):
+    run = Path(shutil.copytree(runs("small"), tmp_path / "run"))
+    (run / "evaluations" / "protocols").mkdir(exist_ok=True)
+
+    def write(name: str, step: int, **numbers: object) -> None:
+        told = {"format_version": 1, "protocol": {"name": name, "version": 1}, "step": step, "test": {"uri": "s3://b/test"}}
+        told |= {"num_train": 36, "num_test": 4} | numbers
+        (run / "evaluations" / "protocols" / f"{step:010d}-{name}.json").write_text(json.dumps(told))
+
+    write("knn", 2, top1={"value": 0.5, "interval": [0.25, 1.0]}, top5=None)
+    write("fewshot", 2, shots=[{"images_per_class": 5, "value": 0.75, "interval": [0.5, 1.0]}])
+    write("spectrum", 2, alpha={"value": None, "interval": None}, lidar={"value": 2.5, "interval": None})
+    part = {"fraction": 0.01, "num_train": 7, "top1": {"value": 0.625, "interval": [0.25, 0.75]}}
+    write("finetune", 2, fractions=[part])
+    write("logreg", 1, top1={"value": 0.1, "interval": [0.0, 0.2]})
+    export(run, "-o", tmp_path / "to").ok()
+    rows = [line for line in (tmp_path / "to" / "README.md").read_text().splitlines() if "s3://b/test" in line]
+    assert rows == [
+        "| fewshot, version 1 | top1, 5 images a class | 0.75 | 0.5 to 1 | 36 | 4 | `s3://b/test` |",
+        "| finetune, version 1 | top1, 0.01 of the labels | 0.625 | 0.25 to 0.75 | 7 | 4 | `s3://b/test` |",
+        "| knn, version 1 | top1 | 0.5 | 0.25 to 1 | 36 | 4 | `s3://b/test` |",
+        "| spectrum, version 1 | lidar | 2.5 | - | 36 | 4 | `s3://b/test` |",
+    ]
+
+
 def test_an_export_names_its_files_licence_and_step(export, runs, tmp_path):
     done = export(runs("small"), "-o", tmp_path / "a", "--step", 1, "--license", "apache-2.0", "--format", "torch").ok()
     table = {line.split()[0]: line.split()[1:] for line in done.out.splitlines()[1:4]}
