@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ssl_ray import __version__, config, console, storage
 from ssl_ray.config import Config
 from ssl_ray.errors import DataError, ResourceError, SslRayError, Stopped, UsageError, shown
+from ssl_ray.model_card import FILES
 from ssl_ray.train import trackers
 from ssl_ray.train.trackers import Trackers, tracked
 
@@ -171,6 +172,14 @@ def _evaluate(options: argparse.Namespace) -> Result:
 
     with over_cluster(in_turn) as each:
         return evaluate_checkpoint(options.run, step=options.step, untrained=options.untrained, each=each), console.evaluation
+
+
+def _export(options: argparse.Namespace) -> Result:
+    from ssl_ray.export import export
+
+    formats = list(dict.fromkeys(options.format))
+    how = {"step": options.step, "license": options.license, "overwrite": options.overwrite}
+    return export(options.run, options.output, formats=formats, **how), console.exported
 
 
 def _plan(options: argparse.Namespace) -> Result:
@@ -591,6 +600,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", help="folder or URI of the run")
     evaluate.add_argument("--step", type=_at_least(0), help="the checkpoint of this step; default: the newest")
     evaluate.add_argument("--untrained", action="store_true", help="the network before training, batch norm calibrated")
+    _add_export(verbs)
     _takes_config(_add(verbs, "plan", _plan, "What a run would take: steps, samples, bytes, memory, time."))
     plan = verbs.choices["plan"]
     plan.add_argument("--no-probe", action="store_true", help="do not train a few steps to estimate time")
@@ -636,6 +646,18 @@ _JOBS = {
     _data_index: "data index",
     _data_check: "data check",
 }
+
+
+def _add_export(verbs: Any) -> None:
+    export = _add(verbs, "export", _export, "Write the encoder of a run as files for other programs, with a model card.")
+    export.add_argument("run", help="folder or URI of the run")
+    export.add_argument("-o", "--output", required=True, metavar="DIR", help="folder or URI to write to, empty or not there")
+    export.add_argument(
+        "--format", nargs="+", choices=list(FILES), default=["safetensors"], help="one or several; default: safetensors"
+    )
+    export.add_argument("--step", type=_at_least(0), help="the checkpoint of this step; default: the newest")
+    export.add_argument("--license", metavar="NAME", help="of the model card, as apache-2.0; default: to be filled in")
+    export.add_argument("--overwrite", action="store_true", help="replace the export that is there")
 
 
 def _add_submit(verbs: Any) -> None:

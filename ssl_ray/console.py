@@ -213,6 +213,12 @@ def bundle(values: dict[str, Any]) -> None:
     print(f"\nWritten: {in_line(values['written'])} ({values['bytes'] / 1000:,.0f} kB). Look through it before you hand it on.")
 
 
+def exported(values: dict[str, Any]) -> None:
+    """The files of an export; `difference`: the largest of a feature from that of the run."""
+    _table(values["files"])
+    print(f"\nWritten: {in_line(values['written'])}, the encoder after {values['step']:,} steps")
+
+
 def rows_or(nothing: str) -> Callable[[list[dict[str, Any]]], None]:
     """Shows a table with a line for each of the values, which have the same keys; `nothing` where there are none."""
     return lambda values: _table(values) if values else print(nothing)

@@ -148,7 +148,7 @@ class SmallEncoder(nn.Module):
 
 
 class _TorchvisionEncoder(nn.Module):
-    """A torchvision classifier without its last linear layer and the dropout before it."""
+    """A torchvision classifier without its last linear layer, whose name is `classifier`, and the dropout before it."""
 
     def __init__(self, body: nn.Module):
         super().__init__()
@@ -158,10 +158,20 @@ class _TorchvisionEncoder(nn.Module):
         for name, child in parent.named_children():
             if child is last or isinstance(child, nn.Dropout):
                 setattr(parent, name, nn.Identity())
-        self.num_features = last.in_features
+        self.classifier, self.num_features = where, last.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
+
+
+def torchvision_options(name: str, *, size_px: int) -> dict[str, object]:
+    """What torchvision's model `name` is made with for images of `size_px`."""
+    if name.startswith("vit_"):
+        return {"image_size": size_px}
+    if name.startswith("maxvit_"):
+        return {"input_size": (size_px, size_px)}
+    # Else their output in training is a tuple with that of side classifiers.
+    return {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
 
 
 def _torchvision_classifier(name: str, *, channels: int, size_px: int) -> nn.Module:
@@ -172,15 +182,7 @@ def _torchvision_classifier(name: str, *, channels: int, size_px: int) -> nn.Mod
         near = difflib.get_close_matches(name, ["small", *known], n=1)
         hint = f" Did you mean {near[0]}?" if near else " For example resnet18."
         raise UsageError(f"model.encoder: got {name}, expected small or a torchvision classification model.{hint}")
-    options: dict[str, object] = {}
-    if name.startswith("vit_"):
-        options = {"image_size": size_px}
-    elif name.startswith("maxvit_"):
-        options = {"input_size": (size_px, size_px)}
-    elif name in ("googlenet", "inception_v3"):
-        # Else their output in training is a tuple with that of side classifiers.
-        options = {"aux_logits": False, "init_weights": True}
-    body = models.get_model(name, weights=None, **options)
+    body = models.get_model(name, weights=None, **torchvision_options(name, size_px=size_px))
     if not any(isinstance(part, nn.Linear) for part in body.modules()):
         raise UsageError(f"model.encoder: {name} has no linear layer whose input could be features. Use another.")
     if isinstance(body, models.ResNet) and size_px <= SMALL_IMAGE_PX:
@@ -239,6 +241,11 @@ def build_projector(in_dim: int, *, dim: int, width: int, depth: int, norm: str)
     return nn.Sequential(*layers, nn.Linear(in_dim, dim))
 
 
+def normalized(images: Tensor) -> Tensor:
+    """float32 of uint8 pixels, shifted and scaled by PIXEL_MEAN and PIXEL_STD."""
+    return images.float().mul_(1 / (255 * PIXEL_STD)).sub_(PIXEL_MEAN / PIXEL_STD)
+
+
 class Network(nn.Module):
     """Views to embeddings; `features` is what is kept after pretraining."""
 
@@ -251,7 +258,7 @@ class Network(nn.Module):
         device = next(self.parameters()).device
         x = images.to(device).to(memory_format=torch.channels_last)
         if x.dtype == torch.uint8:
-            x = x.float().mul_(1 / (255 * PIXEL_STD)).sub_(PIXEL_MEAN / PIXEL_STD)
+            x = normalized(x)
         return self.encoder(x)
 
     def forward(self, views: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ LAYERS = {
     "ray_map": 5,
     "train": 4,
     "evaluate": 4,
+    "loading": 5,
+    "model_card": 5,
+    "export": 6,
     "study": 5,
     "dashboard": 6,
     "doctor": 6,
@@ -53,7 +56,19 @@ READERS = [
     "dashboard.report",
     "dashboard.server",
 ]
-WITHOUT_RAY = ["views", "losses", "model", "plan", "shards", "evaluate", "stream", "train.loop", "train.pretrain", *READERS]
+WITHOUT_RAY = [
+    "views",
+    "losses",
+    "model",
+    "plan",
+    "shards",
+    "evaluate",
+    "stream",
+    "train.loop",
+    "train.pretrain",
+    "export",
+    *READERS,
+]
 WITHOUT_TORCH = ["config", "errors", "philox", "storage", "plan", "shards", "views", "stream", "train.runs", *READERS, "cli"]
 
 
@@ -160,6 +175,7 @@ def test_rooms_import_without_ray_and_load_no_room_below():
 VERBS = [
     ["pretrain"],
     ["evaluate"],
+    ["export"],
     ["plan"],
     ["profile"],
     ["data", "pack"],

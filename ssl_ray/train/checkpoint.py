@@ -99,6 +99,11 @@ def load_weights(uri: str, network: nn.Module) -> None:
         raise DataError(f"{at}: not the weights of this network ({storage.one_line(error)[:300]}). {RESTORE}") from error
 
 
+def encoder_weights(uri: str) -> dict[str, Tensor]:
+    """Those in the safetensors file `uri` whose names begin with `encoder.`."""
+    return {name: value for name, value in _load_tensors(uri).items() if name.startswith("encoder.")}
+
+
 def weights_uri(uri: str) -> str:
     """The weights file meant by `uri`: a run (its newest checkpoint), a checkpoint, or a safetensors file."""
     if uri.endswith(".safetensors"):

@@ -92,11 +92,4 @@ def evaluate_checkpoint(uri: str, *, step: int | None, untrained: bool, each: Ea
     runs.load_run(uri)
     if untrained:
         return evaluate_run(uri, checkpoint=None, each=each)
-    marker = runs.read_marker(uri)
-    names = {runs.checkpoint_step(name): name for name in storage.list_names(storage.join(uri, "checkpoints"))}
-    names = {at: name for at, name in names.items() if at < marker.step or name == marker.checkpoint}
-    if not names:
-        raise DataError(f"{uri}: no checkpoint was committed yet. Continue the run first: ssl-ray pretrain -c {uri}")
-    if step is not None and step not in names:
-        raise DataError(f"{uri}: no checkpoint of step {step}. There are: {', '.join(map(str, sorted(names)))}.")
-    return evaluate_run(uri, checkpoint=names[marker.step if step is None else step], each=each)
+    return evaluate_run(uri, checkpoint=runs.committed(uri, step=step), each=each)

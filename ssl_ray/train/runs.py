@@ -219,6 +219,19 @@ def _move(uri: str, marker: Marker, **changes: Any) -> Marker:
     return read_marker(uri)
 
 
+def committed(uri: str, *, step: int | None) -> str:
+    """The name, below RUN/checkpoints, of the newest committed checkpoint or of that of `step`; DataError if there is none."""
+    marker = read_marker(uri)
+    names = {checkpoint_step(name): name for name in storage.list_names(storage.join(uri, "checkpoints"))}
+    names = {at: name for at, name in names.items() if at < marker.step or name == marker.checkpoint}
+    if not names:
+        raise DataError(f"{uri}: no checkpoint was committed yet. Continue the run first: ssl-ray pretrain -c {uri}")
+    wanted = marker.step if step is None else step
+    if wanted not in names:
+        raise DataError(f"{uri}: no checkpoint of step {wanted}. There are: {', '.join(map(str, sorted(names)))}.")
+    return names[wanted]
+
+
 def ask_to_stop(uri: str, marker: Marker | None = None) -> None:
     """Has the workers stop with a checkpoint: those of the start that `marker` names, or whichever there are."""
     storage.write_atomic(storage.join(uri, "stop"), b"" if marker is None else str(marker.number).encode())

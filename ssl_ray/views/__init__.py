@@ -1,6 +1,6 @@
 """Encoded images to uint8 views; device.py, which needs torch, makes them or a part of that on a device."""
 
-from ssl_ray.views.decode import UndecodableImage, decode, decode_many, in_parts
+from ssl_ray.views.decode import UndecodableImage, decode, decode_many, from_pillow, in_parts
 from ssl_ray.views.make import crops_only, load, make_views, plain
 from ssl_ray.views.params import ViewParams, draw, least_size
 from ssl_ray.views.preview import preview
@@ -12,6 +12,7 @@ __all__ = [
     "decode",
     "decode_many",
     "draw",
+    "from_pillow",
     "in_parts",
     "least_size",
     "load",

@@ -152,19 +152,37 @@ def _decode_jpeg(data: bytes, *, channels: int, least_size: tuple[int, int] | No
 def _decode_any(data: bytes | memoryview, *, channels: int) -> np.ndarray:
     try:
         with _strict_pillow(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.load()
-            orientation = _orientation(image)
-            upright = image if orientation is None else image.transpose(orientation)
-            return np.asarray(_eight_bit(upright, "L" if channels == 1 else "RGB"))
+            return _pixels(image, channels=channels)
     except MemoryError as error:  # the image may be good
         raise ResourceError(
             f"no memory to decode an image of {len(data)} bytes. Fewer processes at a time, or more memory."
         ) from error
     except UnidentifiedImageError as error:  # its own words hold an address in memory
         raise UndecodableImage(f"cannot be decoded: no {', '.join(FORMATS)} in its {len(data)} bytes") from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UndecodableImage(f"cannot be decoded: {reason}") from error
+    except Exception as error:
+        raise _undecodable(error) from error
+
+
+def from_pillow(image: Image.Image, *, channels: int) -> np.ndarray:
+    """uint8 [C, H, W] of an image of Pillow, C = `channels`, 1 or 3, by the rules for files. Raises UndecodableImage."""
+    try:
+        with _strict_pillow():
+            pixels = _pixels(image, channels=channels)
+    except Exception as error:
+        raise _undecodable(error) from error
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _pixels(image: Image.Image, *, channels: int) -> np.ndarray:
+    image.load()
+    orientation = _orientation(image)
+    upright = image if orientation is None else image.transpose(orientation)
+    return np.asarray(_eight_bit(upright, "L" if channels == 1 else "RGB"))
+
+
+def _undecodable(error: Exception) -> UndecodableImage:
+    """Of an error of Pillow's, which raises OSError, SyntaxError, ValueError, struct.error, ... for broken files."""
+    return UndecodableImage(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 _lock = threading.Lock()

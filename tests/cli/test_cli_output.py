@@ -19,6 +19,7 @@ TRACKERS = {"--tensorboard", "--wandb", "--mlflow"}
 OPTIONS = {
     "pretrain": {"--json", "--resume", "--no-lease", "--config"} | TRACKERS,
     "evaluate": {"--json", "--step", "--untrained"},
+    "export": {"--json", "--output", "--format", "--step", "--license", "--overwrite"},
     "plan": {"--json", "--config", "--no-probe", "--images", "--shards", "--mean-bytes", "--images-per-s"},
     "profile": {"--json", "--steps"},
     "data pack": {"--json", "--split", "--root", "--download", "--seed", "--shard-mb", "--overwrite"},
@@ -45,6 +46,7 @@ GROUPS = {
     "": {
         "pretrain",
         "evaluate",
+        "export",
         "plan",
         "profile",
         "data",

@@ -7,9 +7,11 @@ import time
 import pytest
 import seaweedfs
 from command import ssl_ray
+from PIL import Image
 from stored import forget_clients
 
-from ssl_ray import storage
+from ssl_ray import load, storage
+from ssl_ray.cli import main
 from ssl_ray.errors import UsageError
 
 BUCKET = seaweedfs.BUCKET
@@ -71,3 +73,18 @@ def test_a_store_that_refuses_connections_for_a_while_is_waited_for(tmp_path, mo
         again.join()
         assert storage.read_bytes(at) == b"after"
         assert storage.list_names(f"s3://{BUCKET}") == [".probe", "waits"]  # the first of the server's start
+
+
+@pytest.mark.usefixtures("variables")
+def test_an_encoder_is_exported_to_a_bucket_replaced_and_loaded_from_it(tmp_path):
+    run, to = f"s3://{BUCKET}/encoders/run", f"s3://{BUCKET}/encoders/export"
+    keys = ["train.workers=0", "train.batch=8", "train.steps=1", "views.size_px=8", "views.count=2", "model.projector_dim=8"]
+    assert main(["pretrain", "--json", "data.uri=digits", f"run={run}", "evaluate.max_images=50", *keys]) == 0
+    assert main(["export", run, "-o", to, "--json"]) == 0
+    assert main(["export", run, "-o", to, "--json"]) == 2
+    assert main(["export", run, "-o", to, "--json", "--overwrite", "--format", "safetensors", "torch"]) == 0
+    assert storage.list_names(to) == ["README.md", "encoder.json", "encoder.pt2", "encoder.safetensors"]
+    image = tmp_path / "image.png"
+    Image.new("L", (9, 9), 200).save(image)
+    (encoder, preprocess), (again, _) = load(run), load(to)
+    assert again(preprocess(image)).tolist() == encoder(preprocess(image)).tolist()
