@@ -18,7 +18,7 @@ TRACKERS = {"--tensorboard", "--wandb", "--mlflow"}
 # The surface: a verb or an option more is a decision, and needs its line here.
 OPTIONS = {
     "pretrain": {"--json", "--resume", "--no-lease", "--config"} | TRACKERS,
-    "evaluate": {"--json", "--step", "--untrained"},
+    "evaluate": {"--json", "--step", "--untrained", "--data", "--test", "--seeds", "--confusion"},
     "plan": {"--json", "--config", "--no-probe", "--images", "--shards", "--mean-bytes", "--images-per-s"},
     "profile": {"--json", "--steps"},
     "data pack": {"--json", "--split", "--root", "--download", "--seed", "--shard-mb", "--overwrite"},
