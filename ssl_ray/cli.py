@@ -203,6 +203,26 @@ def _evaluate_protocols(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def _embed(options: argparse.Namespace) -> Result:
+    from ssl_ray.each import in_turn
+    from ssl_ray.ray_map import over_cluster
+    from ssl_ray.train.embed import embed
+
+    with console.counting("images", quiet=options.json) as progress, over_cluster(in_turn) as each:
+        return embed(options.run, options.uri, options.output, each=each, progress=progress), console.record
+
+
+def _neighbours(options: argparse.Namespace) -> Result:
+    from ssl_ray.each import in_turn
+    from ssl_ray.ray_map import over_cluster
+    from ssl_ray.train.embed import draw_neighbours
+
+    with over_cluster(in_turn) as each:
+        picture, found = draw_neighbours(options.run, options.uri, num_images=options.images, k=options.k, each=each)
+    storage.write_atomic(options.output, picture)
+    return {"written": options.output} | found, console.record
+
+
 def _plan(options: argparse.Namespace) -> Result:
     made = read_config(options.config, options.overrides)
     if options.images is None and (options.shards, options.mean_bytes) != (None, None):
@@ -578,10 +598,16 @@ def _at_least(low: int) -> Callable[[str], int]:
     return number
 
 
-def _png(text: str) -> str:
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"got {text}, expected a name that ends in .png")
-    return text
+def _ending(suffix: str) -> Callable[[str], str]:
+    def name(text: str) -> str:
+        if not text.lower().endswith(suffix):
+            raise argparse.ArgumentTypeError(f"got {text}, expected a name that ends in {suffix}")
+        return text
+
+    return name
+
+
+_png = _ending(".png")
 
 
 _PROTOCOLS = "linear, linear-plain, knn, logreg, fewshot, spectrum"
@@ -619,6 +645,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--confusion", type=_png, metavar="FILE.png", help="draw the confusion matrix of the protocol")
     evaluate.add_argument("--step", type=_at_least(0), help="the checkpoint of this step; default: the newest")
     evaluate.add_argument("--untrained", action="store_true", help="the network before training, batch norm calibrated")
+    _add_features(verbs)
     _takes_config(_add(verbs, "plan", _plan, "What a run would take: steps, samples, bytes, memory, time."))
     plan = verbs.choices["plan"]
     plan.add_argument("--no-probe", action="store_true", help="do not train a few steps to estimate time")
@@ -655,9 +682,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_features(verbs: Any) -> None:
+    embed = _add(verbs, "embed", _embed, "Write the features of a data set to a Parquet file.")
+    neighbours = _add(verbs, "neighbours", _neighbours, "Draw some images of a data set with their nearest neighbours.")
+    for verb in (embed, neighbours):
+        verb.add_argument("run", metavar="RUN", help="folder or URI of the run, or of one of its checkpoints")
+        verb.add_argument("uri", help="folder or URI of the images, with a manifest")
+    embed.add_argument("-o", "--output", required=True, type=_ending(".parquet"), metavar="FILE.parquet", help="file to write")
+    neighbours.add_argument("-o", "--output", required=True, type=_png, metavar="FILE.png", help="the picture to write")
+    neighbours.add_argument("--images", type=_at_least(1), default=8, metavar="N", help="how many images; default: 8")
+    neighbours.add_argument("-k", type=_at_least(1), default=8, metavar="K", help="neighbours of each; default: 8")
+
+
 _JOBS = {
     _pretrain: "pretrain",
     _evaluate: "evaluate",
+    _embed: "embed",
     _study_run: "study run",
     _study_resume: "study resume",
     _data_pack: "data pack",

@@ -160,6 +160,8 @@ def test_rooms_import_without_ray_and_load_no_room_below():
 VERBS = [
     ["pretrain"],
     ["evaluate"],
+    ["embed"],
+    ["neighbours"],
     ["plan"],
     ["profile"],
     ["data", "pack"],

@@ -26,8 +26,11 @@ class Chosen:
     """int64 [n], None where the data set has no labels."""
 
 
-def _lowest(manifest: Manifest, *, count: int, held_out: float, wanted: bool, labelled: bool) -> Chosen:
-    """The `count` lowest hashes among the samples whose being held out equals `wanted`. One pass over the index."""
+def lowest(manifest: Manifest, *, count: int, held_out: float = 0.0, wanted: bool = True, labelled: bool = False) -> Chosen:
+    """The `count` lowest hashes among the samples whose being held out equals `wanted`. One pass over the index.
+
+    held_out: the share that is; 0: all are chosen from.  labelled: among those with a label alone, and with their labels.
+    """
     empty = np.zeros(0, np.int64)
     hashes, shard, row, label = np.zeros(0, np.uint64), empty, empty, empty
     bad = set(zip(*(part.tolist() for part in shards.bad_samples(manifest)), strict=True))
@@ -61,7 +64,7 @@ def choose(manifest: Manifest, eval_manifest: Manifest | None, *, held_out: floa
     """
     labelled = manifest.class_counts is not None
     if eval_manifest is None:
-        test = _lowest(manifest, count=MAX_TEST_IMAGES, held_out=held_out, wanted=True, labelled=labelled)
+        test = lowest(manifest, count=MAX_TEST_IMAGES, held_out=held_out, wanted=True, labelled=labelled)
     else:
         labelled = labelled and eval_manifest.class_counts is not None
         if labelled and manifest.class_names != eval_manifest.class_names:
@@ -69,11 +72,11 @@ def choose(manifest: Manifest, eval_manifest: Manifest | None, *, held_out: floa
                 f"{eval_manifest.data_uri} has the classes {_some(eval_manifest.class_names)}, but "
                 f"{manifest.data_uri} has {_some(manifest.class_names)}. Pack or index both with the same labels."
             )
-        test = _lowest(eval_manifest, count=MAX_TEST_IMAGES, held_out=0.0, wanted=True, labelled=labelled)
+        test = lowest(eval_manifest, count=MAX_TEST_IMAGES, held_out=0.0, wanted=True, labelled=labelled)
         held_out = 0.0
     if not len(test.rows):
         raise DataError(f"{manifest.data_uri}: no image is held out for the read-outs. Raise data.eval_fraction.")
-    return _lowest(manifest, count=max_images, held_out=held_out, wanted=False, labelled=labelled), test
+    return lowest(manifest, count=max_images, held_out=held_out, wanted=False, labelled=labelled), test
 
 
 def _some(names: tuple[str, ...] | None) -> str:

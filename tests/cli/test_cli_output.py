@@ -19,6 +19,8 @@ TRACKERS = {"--tensorboard", "--wandb", "--mlflow"}
 OPTIONS = {
     "pretrain": {"--json", "--resume", "--no-lease", "--config"} | TRACKERS,
     "evaluate": {"--json", "--step", "--untrained", "--data", "--test", "--seeds", "--confusion"},
+    "embed": {"--json", "--output"},
+    "neighbours": {"--json", "--output", "--images"},
     "plan": {"--json", "--config", "--no-probe", "--images", "--shards", "--mean-bytes", "--images-per-s"},
     "profile": {"--json", "--steps"},
     "data pack": {"--json", "--split", "--root", "--download", "--seed", "--shard-mb", "--overwrite"},
@@ -45,6 +47,8 @@ GROUPS = {
     "": {
         "pretrain",
         "evaluate",
+        "embed",
+        "neighbours",
         "plan",
         "profile",
         "data",

@@ -5,19 +5,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 from cli_harness import pack, write_images
 from PIL import Image
 
 from ssl_ray import shards
 from ssl_ray.each import in_threads, in_turn
 from ssl_ray.train.protocols import evaluate_protocols
-
-
-@pytest.fixture
-def evaluated(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
-
 
 NAMES = ["linear", "linear-plain", "knn", "logreg", "fewshot", "spectrum"]
 
