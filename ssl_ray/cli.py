@@ -610,7 +610,7 @@ def _ending(suffix: str) -> Callable[[str], str]:
 _png = _ending(".png")
 
 
-_PROTOCOLS = "linear, linear-plain, knn, logreg, fewshot, spectrum"
+_PROTOCOLS = "linear, linear-plain, knn, logreg, fewshot, finetune, spectrum"
 
 
 def _group(verbs: Any, name: str, help: str) -> Any:

@@ -286,6 +286,8 @@ def protocols(values: list[dict[str, Any]]) -> None:
         name, seeds = value["protocol"]["name"], len(value["seeds"])
         for shots in value.get("shots", ()):
             rows.append((name, f"{shots['images_per_class']} a class", shots, "%", seeds))
+        for part in value.get("fractions", ()):
+            rows.append((name, f"{100 * part['fraction']:g} % of labels", part["top1"], "%", seeds))
         measures = (("top-1", "top1", "%"), ("top-5", "top5", "%"), ("alpha", "alpha", ""), ("RankMe", "rankme", ""))
         for label, key, unit in (*measures, ("LiDAR", "lidar", "")):
             if value.get(key) is not None:

@@ -98,17 +98,17 @@ _TOGETHER = 16  # images whose views are in memory
 
 
 def augmented_images(
-    chosen: Chosen, part: slice, *, spec: Views, seed: int, plain: bool, cache: Cache | None = None
+    chosen: Chosen, part: slice, *, spec: Views, seed: int, plain: bool, cache: Cache | None = None, epoch: int = EPOCH
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """uint8 [b, q, C, H, W] views of a few samples of `part` after the other, int64 [b] their positions; unreadable ones are
     left out. q is spec.count, and one more, which comes first, where the plain view is asked for.
 
-    Drawn by `seed` in EPOCH, to which no training gets. All are made on the CPU, colours too.
+    Drawn by `seed` in EPOCH, to which no training gets, or another one. All are made on the CPU, colours too.
     """
     for images, hashes, where in _decoded(chosen, part, channels=spec.channels, cache=cache):
         for first in range(0, len(images), _TOGETHER):
             some = slice(first, first + _TOGETHER)
-            made = views.make_views(images[some], hashes[some], spec=spec, seed=seed, epoch=EPOCH)
+            made = views.make_views(images[some], hashes[some], spec=spec, seed=seed, epoch=epoch)
             if plain:
                 made = np.concatenate([views.plain(images[some], size_px=spec.size_px)[:, None], made], axis=1)
             yield made, where[some]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ssl_ray.evaluate import protocol, readout, scores
+from ssl_ray.evaluate.finetune import EPOCHS, FINETUNE
 from ssl_ray.evaluate.readout import linear_readout
 from ssl_ray.evaluate.spectrum import LIDAR_DELTA, alpha, lidar, rankme, spectrum
 from ssl_ray.philox import FEW_SHOT, permutation
@@ -51,6 +52,19 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "images_per_class": list(SHOTS),
         "draws": DRAWS,
         "interval": "Student's t over draws",
+    },
+    "finetune": {
+        "version": 1,
+        "views": "training: one an epoch, crop and flip as in the run; test: plain",
+        "labels": "fractions of each class, one image at least, nested",
+        "epochs": {str(fraction): epochs for fraction, epochs in EPOCHS.items()},
+        "classifier": FINETUNE
+        | {
+            "model": "encoder and a linear layer, from zero, trained together",
+            "optimizer": "adamw, the learning rate along a cosine to 0",
+            "random": "the labels, order of images, crops",
+        },
+        "bootstrap": _BOOTSTRAP,
     },
     "spectrum": {
         "version": 1,

@@ -14,6 +14,7 @@ from ssl_ray.config import Config, build, canonical_hash
 from ssl_ray.each import Each, in_turn
 from ssl_ray.errors import DataError, UsageError
 from ssl_ray.evaluate import features, protocols
+from ssl_ray.evaluate.finetune import EPOCHS, finetuned, label_share
 from ssl_ray.evaluate.images import Chosen, augmented_images, choose
 from ssl_ray.evaluate.pictures import confusion_picture
 from ssl_ray.evaluate.protocols import PROTOCOLS, VIEWS
@@ -172,6 +173,8 @@ def _results(name: str, frozen: _Frozen, seeds: range) -> tuple[dict[str, Any], 
     counts = frozen.train.manifest.class_counts
     assert counts is not None
     class_names = frozen.train.manifest.class_names or tuple(str(i) for i in range(len(counts)))
+    if name == "finetune":
+        return _finetuned(frozen, class_names, seeds), seeds
     classes, random, scores, more = len(class_names), seeds, [], {}
     if name == "linear":
         for seed in seeds:
@@ -194,6 +197,26 @@ def _results(name: str, frozen: _Frozen, seeds: range) -> tuple[dict[str, Any], 
             draws = protocols.DRAWS * len(seeds)
             return counted | {"shots": protocols.few_shots(train_h, train_y, test_h, test_y, draws=draws)}, range(draws)
     return counted | classified(scores, test_y, class_names) | more, random
+
+
+def _finetuned(frozen: _Frozen, class_names: tuple[str, ...], seeds: range) -> dict[str, Any]:
+    train, config, found, lost = frozen.train, frozen.config, [], 0
+    labels: np.ndarray | None = None
+    assert train.labels is not None
+    cache = shards.cache_at(config.data.cache_dir, config.data.cache_bytes)
+    how: dict[str, Any] = {"spec": config.views, "num_classes": len(class_names), "cache": cache}
+    for fraction, epochs in EPOCHS.items():
+        scores = []
+        for seed in seeds:
+            some = label_share(train.labels, fraction, seed=seed)
+            part = Chosen(train.manifest, train.shards[some], train.rows[some], train.labels[some])
+            network, head = finetuned(frozen.network, part, epochs=epochs, seed=seed, **how)
+            h, labels, lost = plain_features(network, frozen.test, config, frozen.each)
+            with torch.no_grad():
+                scores.append(head(torch.from_numpy(h)).numpy())
+        assert labels is not None
+        found.append({"fraction": fraction, "num_train": len(some)} | classified(scores, labels, class_names))
+    return _counts(len(train.rows), len(h), lost) | {"fractions": found}
 
 
 def _counts(train: int, test: int, lost: int) -> dict[str, Any]:

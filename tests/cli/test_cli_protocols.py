@@ -12,11 +12,11 @@ from ssl_ray import shards
 from ssl_ray.each import in_threads, in_turn
 from ssl_ray.train.protocols import evaluate_protocols
 
-NAMES = ["linear", "linear-plain", "knn", "logreg", "fewshot", "spectrum"]
+NAMES = ["linear", "linear-plain", "knn", "logreg", "fewshot", "finetune", "spectrum"]
 
 
 def judged(uri: Path, **how) -> list[dict]:
-    return evaluate_protocols(str(uri), NAMES, **how)
+    return evaluate_protocols(str(uri), [name for name in NAMES if name != "finetune"], **how)
 
 
 def test_the_same_weights_give_the_same_numbers_twice_and_however_images_are_gone_through(evaluated, monkeypatch):
@@ -27,7 +27,7 @@ def test_the_same_weights_give_the_same_numbers_twice_and_however_images_are_gon
     assert judged(evaluated, each=in_threads) == first
     monkeypatch.undo()
     assert judged(evaluated) == first  # and in one part
-    assert [result["protocol"]["name"] for result in first] == NAMES
+    assert [result["protocol"]["name"] for result in first] == [name for name in NAMES if name != "finetune"]
 
 
 def test_results_say_what_they_are_of_and_lie_beside_the_read_outs(cli, evaluated, packed):
@@ -103,3 +103,13 @@ def test_a_confusion_matrix_is_written(cli, evaluated, tmp_path):
     cli("evaluate", evaluated, "knn", "--confusion", tmp_path / "confusion.png").ok()
     with Image.open(tmp_path / "confusion.png") as image:
         assert image.format == "PNG"
+
+
+def test_fine_tuning_on_all_labels_learns_what_the_classes_are_and_the_same_twice(cli, evaluated, monkeypatch):
+    monkeypatch.setattr("ssl_ray.train.protocols.EPOCHS", {0.01: 2, 1.0: 10})
+    (result,) = cli("evaluate", evaluated, "finetune", "--json").ok().json
+    few, every = result["fractions"]
+    assert (few["num_train"], every["num_train"]) == (3, result["num_train"])
+    assert every["top1"]["value"] > 0.6  # a third by chance
+    assert "1 % of labels" in cli("evaluate", evaluated, "finetune").ok().out
+    assert json.loads((evaluated / "evaluations/protocols/0000000004-finetune.json").read_text()) == result
