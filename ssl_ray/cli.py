@@ -170,6 +170,9 @@ def _evaluate(options: argparse.Namespace) -> Result:
     from ssl_ray.ray_map import over_cluster
     from ssl_ray.train.readouts import evaluate_checkpoint
 
+    if options.protocols:
+        return _evaluate_protocols(options), console.protocols
+    _require_protocol(options)
     with over_cluster(in_turn) as each:
         return evaluate_checkpoint(options.run, step=options.step, untrained=options.untrained, each=each), console.evaluation
 
@@ -180,6 +183,56 @@ def _export(options: argparse.Namespace) -> Result:
     formats = list(dict.fromkeys(options.format))
     how = {"step": options.step, "license": options.license, "overwrite": options.overwrite}
     return export(options.run, options.output, formats=formats, **how), console.exported
+
+
+def _require_protocol(options: argparse.Namespace) -> None:
+    given = {"--data": options.data, "--test": options.test, "--confusion": options.confusion, "--seeds": options.seeds}
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"{name} is of a protocol. Name one, for example: ssl-ray evaluate {options.run} linear")
+
+
+def _evaluate_protocols(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from ssl_ray.each import in_turn
+    from ssl_ray.ray_map import over_cluster
+    from ssl_ray.train.protocols import draw_confusion, evaluate_protocols
+
+    if options.confusion is not None and len(options.protocols) != 1:
+        raise UsageError(f"--confusion draws that of one protocol, got {len(options.protocols)}.")
+    with over_cluster(in_turn) as each:
+        results = evaluate_protocols(
+            options.run,
+            options.protocols,
+            step=options.step,
+            untrained=options.untrained,
+            data_uri=options.data,
+            test_uri=options.test,
+            seeds=options.seeds or 1,
+            each=each,
+        )
+    if options.confusion is not None:
+        storage.write_atomic(options.confusion, draw_confusion(results[0]))
+    return results
+
+
+def _embed(options: argparse.Namespace) -> Result:
+    from ssl_ray.each import in_turn
+    from ssl_ray.ray_map import over_cluster
+    from ssl_ray.train.embed import embed
+
+    with console.counting("images", quiet=options.json) as progress, over_cluster(in_turn) as each:
+        return embed(options.run, options.uri, options.output, each=each, progress=progress), console.record
+
+
+def _neighbours(options: argparse.Namespace) -> Result:
+    from ssl_ray.each import in_turn
+    from ssl_ray.ray_map import over_cluster
+    from ssl_ray.train.embed import draw_neighbours
+
+    with over_cluster(in_turn) as each:
+        picture, found = draw_neighbours(options.run, options.uri, num_images=options.images, k=options.k, each=each)
+    storage.write_atomic(options.output, picture)
+    return {"written": options.output} | found, console.record
 
 
 def _plan(options: argparse.Namespace) -> Result:
@@ -523,6 +576,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         keys = [text for text in rest if not text.startswith("-") or (text.startswith("--") and "=" in text)]
         options.overrides = options.overrides + keys
         rest = [text for text in rest if text not in keys]
+    if hasattr(options, "protocols"):
+        options.protocols += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
     if rest:
         parser.error(f"not understood: {' '.join(rest)}")
     return options
@@ -569,10 +625,19 @@ def _at_least(low: int) -> Callable[[str], int]:
     return number
 
 
-def _png(text: str) -> str:
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"got {text}, expected a name that ends in .png")
-    return text
+def _ending(suffix: str) -> Callable[[str], str]:
+    def name(text: str) -> str:
+        if not text.lower().endswith(suffix):
+            raise argparse.ArgumentTypeError(f"got {text}, expected a name that ends in {suffix}")
+        return text
+
+    return name
+
+
+_png = _ending(".png")
+
+
+_PROTOCOLS = "linear, linear-plain, knn, logreg, fewshot, finetune, spectrum"
 
 
 def _group(verbs: Any, name: str, help: str) -> Any:
@@ -596,11 +661,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     _takes_trackers(pretrain)
     _takes_config(pretrain, examples=_EXAMPLES)
-    evaluate = _add(verbs, "evaluate", _evaluate, "Read out a checkpoint of a run: linear, kNN, alpha, RankMe.")
-    evaluate.add_argument("run", help="folder or URI of the run")
+    evaluate = _add(
+        verbs, "evaluate", _evaluate, "Read out a checkpoint of a run: linear, kNN, alpha, RankMe; or by named protocols."
+    )
+    evaluate.add_argument("run", metavar="RUN", help="folder or URI of the run, or of one of its checkpoints")
+    evaluate.add_argument("protocols", nargs="*", metavar="PROTOCOL", help=f"{_PROTOCOLS}; see docs/evaluation.md")
+    evaluate.add_argument("--data", metavar="URI", help="train protocols on this data set; default: that of the run")
+    evaluate.add_argument("--test", metavar="URI", help="judge protocols on this one; default: what is held out")
+    evaluate.add_argument("--seeds", type=_at_least(1), metavar="N", help="repeat what is random in a protocol; default: 1")
+    evaluate.add_argument("--confusion", type=_png, metavar="FILE.png", help="draw the confusion matrix of the protocol")
     evaluate.add_argument("--step", type=_at_least(0), help="the checkpoint of this step; default: the newest")
     evaluate.add_argument("--untrained", action="store_true", help="the network before training, batch norm calibrated")
     _add_export(verbs)
+    _add_features(verbs)
     _takes_config(_add(verbs, "plan", _plan, "What a run would take: steps, samples, bytes, memory, time."))
     plan = verbs.choices["plan"]
     plan.add_argument("--no-probe", action="store_true", help="do not train a few steps to estimate time")
@@ -637,9 +710,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_features(verbs: Any) -> None:
+    embed = _add(verbs, "embed", _embed, "Write the features of a data set to a Parquet file.")
+    neighbours = _add(verbs, "neighbours", _neighbours, "Draw some images of a data set with their nearest neighbours.")
+    for verb in (embed, neighbours):
+        verb.add_argument("run", metavar="RUN", help="folder or URI of the run, or of one of its checkpoints")
+        verb.add_argument("uri", help="folder or URI of the images, with a manifest")
+    embed.add_argument("-o", "--output", required=True, type=_ending(".parquet"), metavar="FILE.parquet", help="file to write")
+    neighbours.add_argument("-o", "--output", required=True, type=_png, metavar="FILE.png", help="the picture to write")
+    neighbours.add_argument("--images", type=_at_least(1), default=8, metavar="N", help="how many images; default: 8")
+    neighbours.add_argument("-k", type=_at_least(1), default=8, metavar="K", help="neighbours of each; default: 8")
+
+
 _JOBS = {
     _pretrain: "pretrain",
     _evaluate: "evaluate",
+    _embed: "embed",
     _study_run: "study run",
     _study_resume: "study resume",
     _data_pack: "data pack",

@@ -285,6 +285,44 @@ def evaluation(values: dict[str, Any]) -> None:
     record({key: value for key, value in values.items() if key not in ("protocol", "spectrum")})
 
 
+def protocols(values: list[dict[str, Any]]) -> None:
+    """A line for each number of each protocol, with its interval."""
+    rows = []
+    for value in values:
+        name, seeds = value["protocol"]["name"], len(value["seeds"])
+        for shots in value.get("shots", ()):
+            rows.append((name, f"{shots['images_per_class']} a class", shots, "%", seeds))
+        for part in value.get("fractions", ()):
+            rows.append((name, f"{100 * part['fraction']:g} % of labels", part["top1"], "%", seeds))
+        measures = (("top-1", "top1", "%"), ("top-5", "top5", "%"), ("alpha", "alpha", ""), ("RankMe", "rankme", ""))
+        for label, key, unit in (*measures, ("LiDAR", "lidar", "")):
+            if value.get(key) is not None:
+                rows.append((name, label, value[key], unit, seeds))
+    if values:
+        first = values[0]
+        at = "untrained" if first["step"] is None else f"step {first['step']}"
+        print(f"{at}, judged on {first['num_test']:,} images of {in_line(first['test']['uri'])}")
+    _table([_protocol_row(*row) for row in rows])
+
+
+def _protocol_row(name: str, label: str, number: dict[str, Any], unit: str, seeds: int) -> dict[str, Any]:
+    def text(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.2f} %" if unit == "%" else f"{value:.4g}"
+
+    def both(interval: list[float] | None) -> str:
+        return "-" if interval is None else f"{text(interval[0])} to {text(interval[1])}"
+
+    over_seeds = both(number.get("seed_interval"))
+    return {
+        "protocol": name,
+        "measure": label,
+        "value": text(number["value"]),
+        "95 % interval": both(number["interval"]),
+        "over seeds": over_seeds,
+        "seeds": seeds or "-",
+    }
+
+
 def check(report: dict[str, Any]) -> None:
     for bad in report["bad_shards"]:
         print(in_line(f"bad shard   {bad['shard']}: {bad['reason']}"))

@@ -12,6 +12,7 @@ _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 # What a draw is for: the third counter word, so that no two uses share a counter.
 CHUNK_ORDER, SAMPLE_ORDER, VIEW, READOUT_SPLIT, DROPOUT, PACK_ORDER, CHUNK_TURN = 1, 2, 3, 4, 5, 6, 7
+BOOTSTRAP, CLASSIFIER_ORDER, FEW_SHOT, LABEL_SHARE = 8, 9, 10, 11
 
 
 def philox(c0, c1, c2, c3, *, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -176,6 +176,8 @@ VERBS = [
     ["pretrain"],
     ["evaluate"],
     ["export"],
+    ["embed"],
+    ["neighbours"],
     ["plan"],
     ["profile"],
     ["data", "pack"],

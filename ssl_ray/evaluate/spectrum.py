@@ -25,6 +25,8 @@ class Alpha:
     """First and last rank that were fitted, from 1, both included; None where alpha is NaN."""
     r2: float
     """Weighted share of the variance of log eigenvalues that the line explains, at most 1; NaN where alpha is."""
+    std_error: float
+    """Of the slope, by the residuals of the line alone: how straight the spectrum is, not what other images would give."""
 
 
 def default_fit_range(n: int, dims: int) -> tuple[int, int]:
@@ -53,15 +55,17 @@ def alpha(h: np.ndarray, fit_range: tuple[int, int] | None = None) -> Alpha:
     spectrum = _covariance_eigenvalues(values)
     last = min(last, len(spectrum))
     if last - first + 1 < MIN_RANKS:
-        return Alpha(alpha=math.nan, fit_range=None, r2=math.nan)
+        return Alpha(alpha=math.nan, fit_range=None, r2=math.nan, std_error=math.nan)
     rank = np.arange(first, last + 1)
     weight = (1 / rank) / np.sum(1 / rank)
     x, y = np.log(rank), np.log(spectrum[first - 1 : last])
     x, y = x - weight @ x, y - weight @ y
     slope = (weight * x) @ y / ((weight * x) @ x)
     total = (weight * y) @ y
-    r2 = 1 - weight @ (y - slope * x) ** 2 / total if total > 0 else 1.0
-    return Alpha(alpha=float(-slope), fit_range=(first, last), r2=float(r2))
+    rest = weight @ (y - slope * x) ** 2
+    r2 = 1 - rest / total if total > 0 else 1.0
+    error = math.sqrt(rest / (len(rank) - 2) / ((weight * x) @ x))
+    return Alpha(alpha=float(-slope), fit_range=(first, last), r2=float(r2), std_error=error)
 
 
 def spectrum(h: np.ndarray) -> list[tuple[int, float]]:
@@ -89,6 +93,34 @@ def rankme(h: np.ndarray) -> float:
     """
     singular = np.sqrt(np.maximum(_gram_eigenvalues(_checked(h)), 0))
     share = singular / max(singular.sum(), np.finfo(np.float64).tiny) + 1e-7
+    return float(np.exp(-np.sum(share * np.log(share))))
+
+
+LIDAR_DELTA, LIDAR_EPS = 1e-4, 1e-7
+
+
+def lidar(h: np.ndarray) -> float:
+    """LiDAR (Thilak et al., ICLR 2024): how many dimensions tell images apart beyond what their views differ in.
+
+    exp of the entropy of the eigenvalues of W^-1/2 B W^-1/2, normalised to sum 1, with B the covariance of the means of the
+    images' views, W that of views around the mean of their image, plus 1e-4 on its diagonal; as in the paper 1e-7 is added
+    to each share. From 1 to min(n - 1, D); means that are all equal count as 1.
+    h: float [n, q, D], q views of n images, n and q >= 2.  Raises ValueError for NaN or infinity, or another shape.
+    """
+    if h.ndim != 3 or min(h.shape) < 1 or min(h.shape[:2]) < 2:
+        raise ValueError(f"h: got shape {list(h.shape)}, expected [n, q, D] with n, q >= 2.")
+    if not np.isfinite(h).all():
+        raise ValueError("h: got NaN or infinity, expected finite features.")
+    values = h.astype(np.float64)
+    means = values.mean(axis=1)
+    within = (values - means[:, None]).reshape(-1, h.shape[2])
+    between = means - means.mean(axis=0)
+    spread, axes = np.linalg.eigh(within.T @ within / len(within) + LIDAR_DELTA * np.eye(h.shape[2]))
+    # B = C' C / n: the eigenvalues are those of the Gram matrix of C W^-1/2
+    found = np.maximum(_gram_eigenvalues(between @ axes / np.sqrt(spread)), 0)
+    if found.sum() <= np.finfo(np.float64).tiny:
+        return 1.0
+    share = found / found.sum() + LIDAR_EPS
     return float(np.exp(-np.sum(share * np.log(share))))
 
 

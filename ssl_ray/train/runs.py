@@ -7,6 +7,7 @@
     RUN/checkpoints/STEP-ID/ encoder and projector weights, optimiser (safetensors), state.json
     RUN/metrics/*.jsonl      one object a step, in segments named by their first step and the start that wrote them
     RUN/evaluations/*.json   untrained.json and one file for each evaluated step
+    RUN/evaluations/protocols/*.json  results of named protocols, see train/protocols.py
     RUN/quarantine.jsonl     bad samples met so far
     RUN/failures/*.json      why workers died, a file for each start of theirs that ended so
     RUN/summary.json         written when the run is complete
@@ -332,6 +333,12 @@ def checkpoint_step(name: str) -> int:
 def evaluation_uri(uri: str, step: int | None) -> str:
     """Where the read-outs after `step` steps are; None: those of the untrained network."""
     return storage.join(uri, "evaluations", "untrained.json" if step is None else f"{step:010d}.json")
+
+
+def protocol_uri(uri: str, step: int | None, name: str) -> str:
+    """Where the result of a named protocol after `step` steps is."""
+    at = "untrained" if step is None else f"{step:010d}"
+    return storage.join(uri, "evaluations", "protocols", f"{at}-{name}.json")
 
 
 def evaluations(uri: str) -> list[dict[str, Any]]:

@@ -63,3 +63,9 @@ def trained(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys = (f"data.uri={packed}", f"run={uri}", "checkpoint.every_steps=2")
     assert main(["pretrain", "--json", *SMALL, *keys]) == 0
     return uri
+
+
+@pytest.fixture
+def evaluated(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to write results into."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))

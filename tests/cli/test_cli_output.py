@@ -18,8 +18,10 @@ TRACKERS = {"--tensorboard", "--wandb", "--mlflow"}
 # The surface: a verb or an option more is a decision, and needs its line here.
 OPTIONS = {
     "pretrain": {"--json", "--resume", "--no-lease", "--config"} | TRACKERS,
-    "evaluate": {"--json", "--step", "--untrained"},
+    "evaluate": {"--json", "--step", "--untrained", "--data", "--test", "--seeds", "--confusion"},
     "export": {"--json", "--output", "--format", "--step", "--license", "--overwrite"},
+    "embed": {"--json", "--output"},
+    "neighbours": {"--json", "--output", "--images"},
     "plan": {"--json", "--config", "--no-probe", "--images", "--shards", "--mean-bytes", "--images-per-s"},
     "profile": {"--json", "--steps"},
     "data pack": {"--json", "--split", "--root", "--download", "--seed", "--shard-mb", "--overwrite"},
@@ -47,6 +49,8 @@ GROUPS = {
         "pretrain",
         "evaluate",
         "export",
+        "embed",
+        "neighbours",
         "plan",
         "profile",
         "data",

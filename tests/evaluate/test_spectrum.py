@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_ray.evaluate.spectrum import alpha, default_fit_range, rankme, spectrum
+from ssl_ray.evaluate.spectrum import alpha, default_fit_range, lidar, rankme, spectrum
 
 
 def with_spectrum(eigenvalues, n, seed=0):
@@ -34,10 +34,11 @@ def test_alpha_is_the_weighted_least_squares_fit_of_the_singular_values():
     eigenvalues = np.linalg.svd(h - h.mean(0), compute_uv=False) ** 2
     rank = np.arange(4, 41)
     x, y = np.log(rank), np.log(eigenvalues[3:40])
-    slope, offset = np.polyfit(x, y, 1, w=rank**-0.5)  # polyfit squares its weights
+    (slope, offset), covariance = np.polyfit(x, y, 1, w=rank**-0.5, cov=True)  # polyfit squares its weights
     weighted_variance = np.average((y - np.average(y, weights=1 / rank)) ** 2, weights=1 / rank)
     got = alpha(h, (4, 40))
     assert got.alpha == pytest.approx(-slope)
+    assert got.std_error == pytest.approx(covariance[0, 0] ** 0.5)
     assert got.r2 == pytest.approx(1 - np.average((y - slope * x - offset) ** 2, weights=1 / rank) / weighted_variance)
 
 
@@ -143,3 +144,30 @@ def test_a_range_that_does_not_increase_is_an_error():
     for fit_range in ((0, 20), (9, 9), (20, 3)):
         with pytest.raises(ValueError, match="fit_range"):
             alpha(np.ones((90, 40)), fit_range)
+
+
+def test_lidar_of_images_whose_views_agree_is_the_rank_of_their_means():
+    classes, dims, views = 6, 20, 4
+    h = np.eye(classes, dims).repeat(views, axis=0).reshape(classes, views, dims) * 3 + 1  # a regular simplex
+    assert lidar(h) == pytest.approx(classes - 1, rel=1e-3)
+
+
+def test_lidar_is_the_entropy_of_the_eigenvalues_of_fisher_discriminants():
+    rng = np.random.default_rng(0)
+    h = rng.normal(size=(40, 5, 8)) * np.linspace(0.2, 1, 8) + rng.normal(size=(40, 1, 8)) * np.linspace(2, 0.1, 8)
+    means = h.mean(1)
+    within = np.mean([np.outer(each, each) for each in (h - means[:, None]).reshape(-1, 8)], axis=0) + 1e-4 * np.eye(8)
+    share = np.linalg.eigvals(np.linalg.inv(within) @ np.cov(means.T, bias=True)).real  # those of W^-1/2 B W^-1/2
+    share = share / share.sum()
+    assert lidar(h) == pytest.approx(np.exp(-np.sum(share * np.log(share))), rel=1e-5)
+
+
+def test_lidar_of_one_direction_or_of_equal_means_is_one():
+    assert lidar(np.arange(12.0)[:, None, None] * np.ones((12, 3, 5))) == pytest.approx(1, abs=1e-3)
+    assert lidar(np.ones((4, 3, 5))) == 1
+
+
+@pytest.mark.parametrize("h", [np.ones((4, 5)), np.ones((1, 3, 5)), np.ones((4, 1, 5)), np.full((4, 3, 5), np.nan)])
+def test_lidar_refuses_what_has_no_views_or_is_not_finite(h):
+    with pytest.raises(ValueError, match="h: got"):
+        lidar(h)
