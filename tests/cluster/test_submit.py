@@ -1,6 +1,5 @@
 """Verbs as jobs of a real cluster with a token: followed, left, found again, stopped; and what is refused."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command import Done, ssl_ray
-from harness import assert_same, finish, newest_step, records, run, start, wait_until
+from harness import finish, newest_step, records, start, wait_until
 from nodes import free_port, several_nodes
 
 KEYS = ["views.count=2", "views.size_px=8", "model.projector_dim=16", "evaluate.max_images=50", "checkpoint.every_steps=5"]
@@ -109,43 +108,6 @@ def test_a_wrong_token_is_two_lines(client, tmp_path: Path):
     (tmp_path / "token").write_text("0" * 64)
     wrong = client | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     submit(wrong, "pretrain", "train.steps=1").refused(4, client["RAY_API_SERVER_ADDRESS"], "RAY_AUTH_TOKEN_PATH")
-
-
-@long
-@pytest.mark.timeout(900)
-def test_a_job_whose_machines_are_drained_and_killed_ends_as_an_undisturbed_one(tmp_path: Path):
-    keys = ["train.workers=2", "train.steps=200", "train.digest=true", "views.size_px=24", "views.count=4", "train.batch=32"]
-    line = ["pretrain", *keys, "model.projector_dim=16", "evaluate.max_images=50", "checkpoint.every_steps=20", "--json"]
-    with several_nodes({}) as nodes:
-        port, uri = free_port(), tmp_path / "run"
-        nodes.add("head", cpus=0, dashboard=port)
-        for name in ("first", "second", "third"):
-            nodes.add(name, cpus=2)
-        code, _, err = run(*line, f"run={tmp_path / 'alone'}", env=nodes.env)
-        assert code == 0, err
-        env = {"RAY_AUTH_TOKEN_PATH": nodes.env["RAY_AUTH_TOKEN_PATH"], "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
-        job = start("submit", *line, f"run={uri}", env=env)
-
-        def a_worker_of(others: set[str]) -> str:
-            return next(name for name in nodes.processes if name not in others and nodes.has_workers(name))
-
-        def failures() -> int:
-            return len(list((uri / "failures").glob("*.json")))
-
-        assert wait_until(lambda: newest_step(uri) >= 30, job, "step 30"), finish(job)[2]
-        drained = a_worker_of(set())
-        nodes.drain(drained, deadline_s=60)
-        assert wait_until(lambda: failures() == 1, job, "the workers to leave"), finish(job)[2]
-        step = newest_step(uri) + 20
-        assert wait_until(lambda: newest_step(uri) >= step, job, f"step {step}"), finish(job)[2]
-        nodes.kill(a_worker_of({drained}))
-        code, out, err = finish(job)
-        assert code == 0, err
-    ends = [json.loads(path.read_text())["reasons"] for path in sorted((uri / "failures").glob("*.json"))]
-    assert len(ends) == 2
-    assert "left its machine, which is being taken away" in str(ends[0])
-    assert json.loads(out)["status"] == "SUCCEEDED"
-    assert_same(tmp_path / "alone", uri)
 
 
 def test_what_cannot_be_submitted_is_refused_before_a_cluster_is_asked(tmp_path: Path):
