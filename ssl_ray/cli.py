@@ -665,7 +665,7 @@ def _parser() -> argparse.ArgumentParser:
         verbs, "evaluate", _evaluate, "Read out a checkpoint of a run: linear, kNN, alpha, RankMe; or by named protocols."
     )
     evaluate.add_argument("run", metavar="RUN", help="folder or URI of the run, or of one of its checkpoints")
-    evaluate.add_argument("protocols", nargs="*", metavar="PROTOCOL", help=f"{_PROTOCOLS}; see docs/evaluation.md")
+    evaluate.add_argument("protocols", nargs="*", default=[], metavar="PROTOCOL", help=f"{_PROTOCOLS}; see docs/evaluation.md")
     evaluate.add_argument("--data", metavar="URI", help="train protocols on this data set; default: that of the run")
     evaluate.add_argument("--test", metavar="URI", help="judge protocols on this one; default: what is held out")
     evaluate.add_argument("--seeds", type=_at_least(1), metavar="N", help="repeat what is random in a protocol; default: 1")

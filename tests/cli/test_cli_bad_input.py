@@ -67,7 +67,7 @@ def test_a_recipe_that_is_empty_or_holds_empty_sections_gives_the_defaults(cli, 
     [
         (["pretrian"], ["no verb 'pretrian', did you mean pretrain?"]),
         (["data", "chek"], ["no verb 'chek', did you mean check?"]),
-        (["evaluate"], ["the following arguments are required: run"]),
+        (["evaluate"], ["the following arguments are required: RUN"]),
         (["data", "preview", "x", "-o", "y.png", "--images", "0"], ["--images: got 0, expected a whole number of 1 or more"]),
         (["data", "preview", "digits", "-o", "y.jpg"], ["got y.jpg, expected a name that ends in .png"]),
         (["data", "pack", "digits", "x", "--split", "valid"], ["--split: digits has train, got valid."]),
