@@ -16,10 +16,10 @@ from ssl_ray.train.cluster import is_local, ray_session
 
 
 @contextmanager
-def over_cluster(otherwise: Each, *, label: str | None = None) -> Iterator[Each]:
+def over_cluster(otherwise: Each) -> Iterator[Each]:
     """A `map` whose calls are tasks of the cluster that RAY_ADDRESS names, of a CPU each, with results in order.
 
-    otherwise: what to use where it names none.  label: KEY=VALUE that a node must have to be used.
+    otherwise: what to use where it names none.
     The function goes to each process once and may be large; with the items and results it must be picklable. A user error of
     a call is raised here; a call whose process or machine dies is made again.
     """
@@ -27,10 +27,10 @@ def over_cluster(otherwise: Each, *, label: str | None = None) -> Iterator[Each]
         yield otherwise
         return
     with ray_session():
-        yield functools.partial(_ray_map, label=label)
+        yield _ray_map
 
 
-def _ray_map(call: Callable[[Any], Any], items: Sequence[Any], *, label: str | None) -> Generator[Any]:
+def _ray_map(call: Callable[[Any], Any], items: Sequence[Any]) -> Generator[Any]:
     import ray
     import ray.data
 
@@ -38,7 +38,6 @@ def _ray_map(call: Callable[[Any], Any], items: Sequence[Any], *, label: str | N
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    context.execution_options.label_selector = None if label is None else dict([label.split("=", 1)])
     called: Any = _called
     numbers = ray.data.range(len(items), override_num_blocks=len(items))
     tasks = numbers.map_batches(called, batch_size=None, num_cpus=1, fn_kwargs={"reference": ray.put((call, items))})
