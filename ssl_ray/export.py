@@ -57,7 +57,8 @@ def export(
     is; DataError if there is no such checkpoint; SslRayError if a file computes something else than its source.
     """
     uri, to = storage.absolute(run), storage.absolute(output)
-    config = loading.config_of(uri)
+    record = runs.load_run(uri)
+    config = runs.config_of(record, uri)
     _require_possible(config.model.encoder, formats)
     _require_room(to, overwrite=overwrite)
     name = runs.committed(uri, step=step)
@@ -65,7 +66,7 @@ def export(
     shape = {"channels": config.views.channels, "size_px": config.views.size_px}
     encoder = loading.build(config.model.encoder, **shape, weights=encoder_weights(weights_at), source=weights_at)
     description = loading.description(config.model.encoder, **shape, num_features=encoder.num_features)
-    description |= {"step": runs.checkpoint_step(name), "hash": runs.load_run(uri)["hash"], "ssl_ray": __version__}
+    description |= {"step": runs.checkpoint_step(name), "hash": record["hash"], "ssl_ray": __version__}
     probes = [_probe(encoder, description, n) for n in (1, 5)]
     for each in (_DESCRIPTION, _CARD, *FILES.values(), _TIMM_JSON):  # the first one first: what is half gone is no export
         storage.remove(storage.join(to, each))
@@ -74,7 +75,7 @@ def export(
         for file, content, difference in _files(encoder, formats, description, probes):
             storage.write_atomic(storage.join(to, file), content)
             files.append({"file": file, "bytes": len(content), "difference": difference})
-        card = _card(uri, config, encoder, description, formats=formats, license=license)
+        card = _card(uri, record, config, encoder, description, formats=formats, license=license)
         for file, text in ((_CARD, card), (_DESCRIPTION, _json(description))):
             content = text.encode()
             storage.write_atomic(storage.join(to, file), content)
@@ -247,6 +248,7 @@ def _onnx_session(content: bytes) -> Callable[[Tensor], np.ndarray]:
 
 def _card(
     uri: str,
+    record: dict[str, Any],
     config: Config,
     encoder: loading.Encoder,
     description: dict[str, Any],
@@ -275,7 +277,7 @@ def _card(
         torchvision_options=options,
         stem=stem,
         classifier=classifier,
-        facts=_facts(uri, config, step),
+        facts=_facts(uri, record, config, step),
         readouts=[runs.read_json(at) for at in found if storage.exists(at)],
         judged=[runs.read_json(storage.join(protocols, each)) for each in results if each.startswith(f"{step:010d}-")],
         recipe=to_dict(config),
@@ -283,9 +285,9 @@ def _card(
     )
 
 
-def _facts(uri: str, config: Config, step: int) -> dict[str, object]:
+def _facts(uri: str, record: dict[str, Any], config: Config, step: int) -> dict[str, object]:
     """Of the training up to this step, for the card."""
-    record, data = runs.load_run(uri), config.data
+    data = config.data
     steps = [each for each in runs.read_metrics(uri) if each["step"] < step]
     minutes = sum(each["seconds"] for each in steps) / 60
     seen = sum(each["images"] for each in steps)

@@ -16,8 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssl_ray import storage, views
-from ssl_ray.config import Config
-from ssl_ray.config import build as build_config
 from ssl_ray.errors import DataError
 from ssl_ray.model import PIXEL_MEAN, PIXEL_STD, build_encoder, default_generator_lock, normalized
 from ssl_ray.train import runs
@@ -72,13 +70,8 @@ def load(uri: str | os.PathLike) -> tuple[Encoder, Callable[[Any], Tensor]]:
 
 
 def _of_run(uri: str) -> dict[str, Any]:
-    config = config_of(uri)
+    config = runs.config_of(runs.load_run(uri), uri)
     return {"name": config.model.encoder, "channels": config.views.channels, "size_px": config.views.size_px}
-
-
-def config_of(uri: str) -> Config:
-    """The configuration of the run at `uri`."""
-    return build_config(runs.load_run(uri)["config"], source=storage.join(uri, "run.json"))
 
 
 def description(name: str, *, channels: int, size_px: int, num_features: int) -> dict[str, Any]:

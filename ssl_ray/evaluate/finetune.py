@@ -14,6 +14,7 @@ from torch.nn import functional
 from ssl_ray import views
 from ssl_ray.config import Views
 from ssl_ray.evaluate.images import EPOCH, Chosen, augmented_images
+from ssl_ray.evaluate.readout import shuffled_by_class
 from ssl_ray.model import Network
 from ssl_ray.philox import CLASSIFIER_ORDER, LABEL_SHARE, permutation
 from ssl_ray.shards import Cache
@@ -28,8 +29,7 @@ def label_share(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndarray
 
     A smaller fraction lies inside a larger one of the same seed.  labels: int [n].
     """
-    order = permutation(len(labels), key=(seed, 0), purpose=LABEL_SHARE)
-    order = order[np.argsort(labels[order], kind="stable")]  # class by class, shuffled within
+    order = shuffled_by_class(labels, seed=seed, purpose=LABEL_SHARE)
     _, first, count = np.unique(labels[order], return_index=True, return_counts=True)
     taken = np.maximum(1, np.rint(fraction * count)).astype(np.int64)
     return np.sort(np.concatenate([order[start : start + some] for start, some in zip(first, taken, strict=True)]))

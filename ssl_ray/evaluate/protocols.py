@@ -12,9 +12,9 @@ import numpy as np
 
 from ssl_ray.evaluate import protocol, readout, scores
 from ssl_ray.evaluate.finetune import EPOCHS, FINETUNE
-from ssl_ray.evaluate.readout import linear_readout
+from ssl_ray.evaluate.readout import linear_readout, shuffled_by_class
 from ssl_ray.evaluate.spectrum import LIDAR_DELTA, alpha, lidar, rankme, spectrum
-from ssl_ray.philox import FEW_SHOT, permutation
+from ssl_ray.philox import FEW_SHOT
 
 VIEWS = 16
 """Views of an image whose mean feature `linear` takes, as in the paper: one plain, the others augmented."""
@@ -102,8 +102,7 @@ def few_shots(
             break
         accuracies = []
         for draw in range(draws):
-            order = permutation(len(train_y), key=(draw, 0), purpose=FEW_SHOT)
-            order = order[np.argsort(train_y[order], kind="stable")]  # class by class, shuffled within
+            order = shuffled_by_class(train_y, seed=draw, purpose=FEW_SHOT)
             _, first = np.unique(train_y[order], return_index=True)
             some = order[(first[:, None] + np.arange(shots)).ravel()]
             accuracies.append(linear_readout(train_h[some], train_y[some], test_h, test_y, seed=draw).accuracy)

@@ -190,10 +190,15 @@ def _fitted(train_h: np.ndarray, train_y: np.ndarray, seed: int) -> _Logistic:
     return _Logistic(classes, mean, scale, l2, model)
 
 
+def shuffled_by_class(labels: np.ndarray, *, seed: int, purpose: int) -> np.ndarray:
+    """int64 [n]: positions of the labels, class by class, shuffled within each."""
+    order = permutation(len(labels), key=(seed, 0), purpose=purpose)
+    return order[np.argsort(labels[order], kind="stable")]
+
+
 def _held_out(labels: np.ndarray, seed: int) -> np.ndarray:
     """bool [n]: the held-out fifth; labels: int [n], all of 0..K-1."""
-    order = permutation(len(labels), key=(seed, 0), purpose=READOUT_SPLIT)
-    order = order[np.argsort(labels[order], kind="stable")]  # class by class, shuffled within
+    order = shuffled_by_class(labels, seed=seed, purpose=READOUT_SPLIT)
     count = np.bincount(labels)
     held = np.where(count >= 2, np.maximum(1, count // 5), 0)
     position = np.arange(len(labels)) - (np.cumsum(count) - count)[labels[order]]

@@ -13,16 +13,15 @@ import torch
 from torch.nn import functional
 
 from ssl_ray import shards, storage
-from ssl_ray.config import Config, build
+from ssl_ray.config import Config
 from ssl_ray.each import Each, in_turn
 from ssl_ray.errors import DataError
-from ssl_ray.evaluate import features
-from ssl_ray.evaluate.images import Chosen, lowest, plain_images
+from ssl_ray.evaluate.images import Chosen, lowest
 from ssl_ray.evaluate.pictures import neighbours_picture
 from ssl_ray.model import Network
 from ssl_ray.shards import Manifest
 from ssl_ray.train import runs
-from ssl_ray.train.readouts import find_checkpoint, frozen_network, plain_features
+from ssl_ray.train.readouts import encoded, find_checkpoint, frozen_network, plain_features, read_plain
 
 FORMAT_VERSION = 1
 ROWS = 1024
@@ -36,7 +35,7 @@ def _opened(uri: str, data_uri: str) -> tuple[Network, Config, Manifest, dict[st
     torch.set_num_threads(1)
     run, checkpoint = find_checkpoint(uri)
     record = runs.load_run(run)
-    config = build(record["config"], source=storage.join(run, "run.json"))
+    config = runs.config_of(record, run)
     manifest = shards.load_manifest(shards.located(data_uri))
     about = {
         "format_version": FORMAT_VERSION,
@@ -99,10 +98,7 @@ def _part(network: Network, config: Config, manifest: Manifest, part: tuple[int,
     shard, first = part
     rows = np.arange(first, min(first + ROWS, int(manifest.counts[shard])))
     chosen = Chosen(manifest, np.full(len(rows), shard), rows, None)
-    how = {"channels": config.views.channels, "size_px": config.views.size_px}
-    cache = shards.cache_at(config.data.cache_dir, config.data.cache_bytes)
-    images, positions = plain_images(chosen, slice(None), **how, cache=cache)
-    h = features(network.features, images) if len(images) else np.zeros((0, 0), np.float32)
+    h, positions = encoded(network, chosen, config, slice(None))
     return h, rows[positions]
 
 
@@ -149,7 +145,7 @@ def _images(among: Chosen, shown: np.ndarray, config: Config) -> tuple[np.ndarra
     """uint8 [n, 1 + k, C, S, S] of the positions `shown` [n, 1 + k], and the names of their classes."""
     manifest = among.manifest
     at = Chosen(manifest, among.shards[shown.ravel()], among.rows[shown.ravel()], None)
-    images, _ = plain_images(at, slice(None), channels=config.views.channels, size_px=config.views.size_px)
+    images, _ = read_plain(at, config, slice(None))
     rows = zip(at.shards.tolist(), at.rows.tolist(), strict=True)
     labels = [shards.index_rows(manifest, shard, ["label"])["label"][row].as_py() for shard, row in rows]
     names = ["" if i < 0 else manifest.class_names[i] if manifest.class_names else str(i) for i in labels]

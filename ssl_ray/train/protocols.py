@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_ray import __version__, shards, storage
-from ssl_ray.config import Config, build, canonical_hash
+from ssl_ray import __version__, shards
+from ssl_ray.config import Config, canonical_hash
 from ssl_ray.each import Each, in_turn
 from ssl_ray.errors import DataError, UsageError
 from ssl_ray.evaluate import features, protocols
@@ -23,7 +23,7 @@ from ssl_ray.evaluate.scores import classified
 from ssl_ray.model import Network
 from ssl_ray.shards import Manifest
 from ssl_ray.train import runs
-from ssl_ray.train.readouts import BATCH, find_checkpoint, frozen_network, gathered, plain_features, starts
+from ssl_ray.train.readouts import find_checkpoint, frozen_network, gathered, parts, plain_features
 
 FORMAT_VERSION = 1
 MAX_TRAIN_IMAGES = 2_000_000
@@ -59,7 +59,7 @@ def evaluate_protocols(
     torch.set_num_threads(1)
     run, checkpoint = find_checkpoint(uri, step=step, untrained=untrained)
     record = runs.load_run(run)
-    config = build(record["config"], source=storage.join(run, "run.json"))
+    config = runs.config_of(record, run)
     used = dataclasses.replace(
         config.data,
         uri=config.data.uri if data_uri is None else shards.located(data_uri),
@@ -136,7 +136,7 @@ class _Frozen:
 
     def _of_views(self, call: Callable[..., Any], chosen: Chosen, *, count: int, seed: int, plain: bool) -> Features:
         call = functools.partial(call, self.network, chosen, self.config, count, seed, plain)
-        return gathered(self.each(call, starts(chosen)), chosen)
+        return gathered(self.each(call, parts(chosen)), chosen)
 
 
 def _some(chosen: Chosen, count: int) -> Chosen:
@@ -146,13 +146,12 @@ def _some(chosen: Chosen, count: int) -> Chosen:
 
 
 def _view_features(
-    network: Network, chosen: Chosen, config: Config, count: int, seed: int, plain: bool, start: int
+    network: Network, chosen: Chosen, config: Config, count: int, seed: int, plain: bool, part: slice
 ) -> tuple[np.ndarray, np.ndarray]:
     """h [B, q, D] of the views of some images, and their positions [B]."""
     cache = shards.cache_at(config.data.cache_dir, config.data.cache_bytes)
     spec = dataclasses.replace(config.views, count=count)
     made, found = [], [np.zeros(0, np.int64)]
-    part = slice(start, start + BATCH)
     for images, positions in augmented_images(chosen, part, spec=spec, seed=seed, plain=plain, cache=cache):
         made.append(features(network.features, images.reshape(-1, *images.shape[2:])).reshape(*images.shape[:2], -1))
         found.append(positions)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ssl_ray import shards, storage
-from ssl_ray.config import Config, build
+from ssl_ray.config import Config
 from ssl_ray.each import Each, in_turn
 from ssl_ray.errors import DataError, UsageError
 from ssl_ray.evaluate import calibrate_batch_norm, evaluate_features, features
@@ -28,24 +28,26 @@ def _nothing_readable(chosen: Chosen) -> DataError:
     return DataError(f"{uri}: no image for the read-outs can be read. Run `ssl-ray data check {uri}`.")
 
 
-def read_plain(chosen: Chosen, config: Config, start: int) -> tuple[np.ndarray, np.ndarray]:
+def read_plain(chosen: Chosen, config: Config, part: slice) -> tuple[np.ndarray, np.ndarray]:
     cache = shards.cache_at(config.data.cache_dir, config.data.cache_bytes)
     how = {"channels": config.views.channels, "size_px": config.views.size_px}
-    return plain_images(chosen, slice(start, start + BATCH), **how, cache=cache)
+    return plain_images(chosen, part, **how, cache=cache)
 
 
-def _encoded(network: Any, chosen: Chosen, config: Config, start: int) -> tuple[np.ndarray, np.ndarray]:
-    images, positions = read_plain(chosen, config, start)
+def encoded(network: Any, chosen: Chosen, config: Config, part: slice) -> tuple[np.ndarray, np.ndarray]:
+    """h [B, D] of the samples of `part` that can be read, and their positions [B]."""
+    images, positions = read_plain(chosen, config, part)
     return features(network.features, images) if len(images) else np.zeros((0, 0), np.float32), positions
 
 
-def starts(chosen: Chosen) -> range:
-    return range(0, len(chosen.rows), BATCH)
+def parts(chosen: Chosen) -> list[slice]:
+    """What is gone through at a time."""
+    return [slice(start, start + BATCH) for start in range(0, len(chosen.rows), BATCH)]
 
 
 def plain_features(network: Any, chosen: Chosen, config: Config, each: Each) -> tuple[np.ndarray, np.ndarray | None, int]:
     """h [n, D], labels [n] or None, and how many images could not be read."""
-    return gathered(each(functools.partial(_encoded, network, chosen, config), starts(chosen)), chosen)
+    return gathered(each(functools.partial(encoded, network, chosen, config), parts(chosen)), chosen)
 
 
 def gathered(made: Iterable[tuple[np.ndarray, np.ndarray]], chosen: Chosen) -> tuple[np.ndarray, np.ndarray | None, int]:
@@ -68,7 +70,7 @@ def frozen_network(uri: str, config: Config, *, checkpoint: str | None) -> Netwo
         return network.eval()
     manifest, eval_manifest = manifests(config)
     some, _ = choose(manifest, eval_manifest, held_out=config.data.eval_fraction, max_images=CALIBRATION_IMAGES)
-    images = np.concatenate([read_plain(some, config, start)[0] for start in starts(some)])
+    images = np.concatenate([read_plain(some, config, part)[0] for part in parts(some)])
     if not len(images):
         raise _nothing_readable(some)
     calibrate_batch_norm(network.encoder, images, batch=256, encode=network.features)
@@ -88,7 +90,7 @@ def evaluate_run(uri: str, *, checkpoint: str | None, threads: int = 1, each: Ea
     each: how the images are gone through, some hundreds at a time; with the same results whichever way.
     """
     torch.set_num_threads(threads)
-    config = build(runs.load_run(uri)["config"], source=storage.join(uri, "run.json"))
+    config = runs.config_of(runs.load_run(uri), uri)
     train, test = choose(*manifests(config), held_out=config.data.eval_fraction, max_images=config.evaluate.max_images)
     network = frozen_network(uri, config, checkpoint=checkpoint)
     train_h, train_y, train_lost = plain_features(network, train, config, each)

@@ -24,7 +24,7 @@ from types import NoneType
 from typing import Any
 
 from ssl_ray import __version__, storage
-from ssl_ray.config import Config, canonical_hash, identity, to_dict
+from ssl_ray.config import Config, build, canonical_hash, identity, to_dict
 from ssl_ray.errors import DataError, ResourceError, RunMismatchError, UsageError
 
 FORMAT_VERSION = 3
@@ -136,6 +136,11 @@ def load_run(uri: str) -> dict[str, Any]:
     if not whole or not isinstance(record.get("hash"), str):
         raise DataError(f"{at}: damaged, it does not say what the run is. Restore it, or use another run=URI.")
     return record
+
+
+def config_of(record: dict[str, Any], uri: str) -> Config:
+    """The configuration in `record`, the run.json of the run at `uri`."""
+    return build(record["config"], source=storage.join(uri, "run.json"))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:

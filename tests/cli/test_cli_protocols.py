@@ -20,8 +20,7 @@ def judged(uri: Path, **how) -> list[dict]:
 
 
 def test_the_same_weights_give_the_same_numbers_twice_and_however_images_are_gone_through(evaluated, monkeypatch):
-    monkeypatch.setattr("ssl_ray.train.readouts.BATCH", 32)
-    monkeypatch.setattr("ssl_ray.train.protocols.BATCH", 32)  # several parts of so few images
+    monkeypatch.setattr("ssl_ray.train.readouts.BATCH", 32)  # several parts of so few images
     first = judged(evaluated, each=in_turn)
     assert judged(evaluated, each=in_turn) == first
     assert judged(evaluated, each=in_threads) == first
