@@ -15,6 +15,9 @@ import psutil
 
 from ssl_ray.train.cluster import PROMPT
 
+FAULT = Path(__file__).parent / "fault"
+PACED = {"PYTHONPATH": os.pathsep.join(filter(None, [str(FAULT), os.environ.get("PYTHONPATH")])), "PACE_S": "0.2"}
+"""The environment of nodes whose workers rest after each step; see fault/sitecustomize.py."""
 ASK = """
 import json, ray, sys
 ray.init(log_to_driver=False, logging_level="ERROR")

@@ -62,8 +62,8 @@ class Resources:
     evaluate_cpus: float
     gpus: bool
     where: Where
-    fixed: bool
-    """The streams have no more than this; else all that is left of the nodes that are there at a start of the workers."""
+    most_stream_cpus: float
+    """A stream has what is left of the nodes that are there at a start of the workers, `stream_cpus` at least, this at most."""
     share: float
     """Of the cluster, for this run."""
 
@@ -73,9 +73,8 @@ class Resources:
 
 
 def plan_resources(config: Config, there: Capacity, *, share: float = 1.0) -> Resources:
-    """Shares the CPUs out: half to the workers, the rest to their streams but for a read-out's part. Where the number of workers
-    may change, or nodes may be added, these are for each what is asked for, and no more: `train.threads` CPUs to train, as many
-    for its stream.
+    """Shares the CPUs out: half to the workers, the rest to their streams but for a read-out's part. A worker has `train.threads`
+    CPUs, or less where there are too few, and its stream as many at least, so that a start needs no more where nodes come and go.
 
     share: of the cluster, for this run.
     Raises ResourceError, saying what is missing and what to set, where half a CPU or a GPU a worker is not there, nor comes.
@@ -90,21 +89,19 @@ def plan_resources(config: Config, there: Capacity, *, share: float = 1.0) -> Re
         raise ResourceError(
             f"{fewest} workers (train.workers) need a GPU each; the cluster has {gpus:g} free. Set train.workers={int(gpus)}."
         )
-    worker, evaluate = threads, min(1.0, (cpus.data + cpus.both) / 8)
+    changes = elastic or bool(there.coming)
+    worker, evaluate = threads, min(1.0, (cpus.data + cpus.both) / 8, threads / 4 if changes else math.inf)
     if not elastic:
         worker = min(threads, (cpus.train + cpus.both / 2) / fewest)
-    stream = (cpus.left(fewest * worker) - evaluate) / fewest
-    if elastic or there.coming:
-        evaluate = min(evaluate, threads / 4)
-        stream = min(threads, cpus.left(fewest * worker) / fewest)
-    worker, stream, evaluate = (int(value * 1000) / 1000 for value in (worker, stream, evaluate))  # Ray's precision is .0001
+    left = (cpus.left(fewest * worker) - (0 if changes else evaluate)) / fewest
+    worker, stream, evaluate = (_rounded(value) for value in (worker, min(threads, left), evaluate))
     planned = Resources(
         worker_cpus=worker,
         stream_cpus=stream,
         evaluate_cpus=evaluate,
         gpus=gpus >= fewest,
         where=where,
-        fixed=not elastic and not there.coming,
+        most_stream_cpus=math.inf if changes else _rounded(left),
         share=share,
     )
     if there.coming and room(there.most, planned) < fewest:
@@ -115,6 +112,11 @@ def plan_resources(config: Config, there: Capacity, *, share: float = 1.0) -> Re
     return planned
 
 
+def _rounded(cpus: float) -> float:
+    """Down to what Ray's precision of .0001 can hold."""
+    return int(cpus * 1000) / 1000
+
+
 def _each(planned: Resources) -> str:
     """What a worker needs, in words."""
     at, beside = (f" on a node with {label}" if label else "" for label in (planned.where.train, planned.where.data))
@@ -123,16 +125,14 @@ def _each(planned: Resources) -> str:
 
 
 def fit_resources(planned: Resources, nodes: list[Node], *, workers: int) -> tuple[float, int]:
-    """CPUs and bytes of the object store that each of so many workers' streams may use on these nodes: all that is left, unless
-    they are fixed; never more than a node has beside a worker, for a task needs it in one place."""
+    """CPUs and bytes of the object store that each of so many workers' streams may use on these nodes: what is left and theirs;
+    never more than a node has beside a worker, for a task needs it in one place."""
     where, makers = planned.where, [node for node in nodes if node.cpus and node.has(planned.where.data)]
-    cpus = planned.stream_cpus
-    if not planned.fixed:
-        all_cpus = cpus_of(nodes, where) * planned.share
-        cpus = max(cpus, (all_cpus.left(workers * planned.worker_cpus) - planned.evaluate_cpus) / workers)
+    left = (cpus_of(nodes, where) * planned.share).left(workers * planned.worker_cpus) - planned.evaluate_cpus
+    cpus = max(planned.stream_cpus, min(planned.most_stream_cpus, left / workers))
     store = planned.share * sum(node.resources.get("object_store_memory", 0.0) for node in makers)
     beside = [max(node.cpus - planned.worker_cpus, node.cpus / 2) if node.has(where.train) else node.cpus for node in makers]
-    return int(min(cpus, max(beside, default=cpus)) * 1000) / 1000, int(store / (2 * workers))
+    return _rounded(min(cpus, max(beside, default=cpus))), int(store / (2 * workers))
 
 
 def room(nodes: list[Node], planned: Resources) -> int:

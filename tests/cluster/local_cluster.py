@@ -12,16 +12,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nodes import PACED
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "cluster" / "local" / "cluster.py"
 
 
 def typed(folder: Path, verb: str, *options: str) -> subprocess.CompletedProcess:
     """`python cluster/local/cluster.py VERB`, of a cluster whose jobs import ssl_ray from here."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join([str(ROOT), PACED["PYTHONPATH"]])
     command = [sys.executable, str(SCRIPT), verb, "--folder", str(folder), *options]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": path}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=150, check=False)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "PYTHONPATH": path,
+        "PACE_S": PACED["PACE_S"],
+    }
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
 class Local:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from harness import SMALL, digests, finish, newest_step, run, start, stop, wait_until
 from local_cluster import Local, local_cluster
-from nodes import several_nodes
+from nodes import PACED, several_nodes
 
 from ssl_ray.study.results import read_study
 
@@ -18,8 +18,7 @@ STUDY = """
 recipe: digits
 keys: {train.workers: 0, train.label: ssl-ray/role=train, evaluate.max_images: 50, views.size_px: 8}
 sweep:
-  model.projector_dim: {grid: [16, 32]}
-  views.count: {grid: [2, 4]}
+  model.projector_dim: {grid: [16, 24, 32]}
 budget: {views: 12000}
 readouts: 3
 """
@@ -44,8 +43,8 @@ def test_a_study_makes_a_cluster_grow_to_its_limit_and_it_shrinks_after(cluster:
     cluster.submit("study", "-m", "ssl_ray", "study", "run", str(tmp_path / "study.yaml"), "-o", str(tmp_path / "study"))
     cluster.until(lambda: sorted(cluster.roles().values()) == ["head", "train", "train"], "three nodes", job="study")
     cluster.until(lambda: cluster.state("study") == "SUCCEEDED", "the end of the study", job="study")
-    assert "4 trials to run, 2 at a time" in cluster.logs("study")
-    assert [trial.state.status for trial in read_study(str(tmp_path / "study")).trials] == ["complete"] * 4
+    assert "3 trials to run, 2 at a time" in cluster.logs("study")
+    assert [trial.state.status for trial in read_study(str(tmp_path / "study")).trials] == ["complete"] * 3
     cluster.until(lambda: alone(cluster), "the end of the nodes")
 
 
@@ -112,10 +111,10 @@ def test_as_many_workers_as_the_grown_cluster_has_room_for(cluster: Local, tmp_p
 
 
 def test_workers_are_packed_or_spread_as_the_user_says(tmp_path: Path):
-    with several_nodes({}) as nodes:
+    with several_nodes(PACED) as nodes:
         nodes.add("head", cpus=0)
-        nodes.add("first", cpus=4)
-        nodes.add("second", cpus=4)
+        nodes.add("first", cpus=2)
+        nodes.add("second", cpus=2)
         for pack, used in (("true", 1), ("false", 2)):
             uri = tmp_path / pack
             keys = [*KEYS, "train.workers=2", "train.steps=100000", f"train.pack={pack}"]

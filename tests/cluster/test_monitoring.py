@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from harness import SMALL, finish, start, wait_until
-from nodes import Nodes, free_port, several_nodes
+from nodes import PACED, Nodes, free_port, several_nodes
 
 from ssl_ray.train.gauges import COUNTERS, GAUGES
 
@@ -163,9 +163,9 @@ seeds: [0]
 @pytest.mark.timeout(900)
 def test_prometheus_and_the_train_page_show_a_run_and_a_trial_of_a_study(tmp_path):
     run = tmp_path / "run"
-    keys = [*SMALL, "train.batch=32", "train.steps=1000000", "evaluate.max_images=50", "checkpoint.every_steps=100"]
+    keys = [*SMALL, "train.batch=32", "train.steps=1000000", "evaluate.max_images=50", "checkpoint.every_steps=10"]
     dashboard = free_port()
-    with several_nodes({"RAY_metrics_report_interval_ms": "5000"}) as nodes:
+    with several_nodes(PACED | {"RAY_metrics_report_interval_ms": "5000"}) as nodes:
         nodes.add("head", cpus=3, dashboard=dashboard)
         token = Path(nodes.env["RAY_AUTH_TOKEN_PATH"]).read_text()
         with prometheus(tmp_path, nodes, dashboard) as address, contextlib.ExitStack() as undo:
@@ -224,6 +224,6 @@ def test_prometheus_and_the_train_page_show_a_run_and_a_trial_of_a_study(tmp_pat
         }
         said = [line for each in lines.values() for line in each]
         assert {line["rank"] for line in said if line["level"] == "ERROR"} <= {0, 1}  # of the worker that lost the one killed
-        (committed,) = [line["step"] for line in said if line["message"].startswith("step 100 committed")]
-        assert committed >= 100
+        (committed,) = [line["step"] for line in said if line["message"].startswith("step 10 committed")]
+        assert committed >= 10
         assert all(line["time"].endswith("+00:00") for line in said)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command import Done, ssl_ray
 from harness import finish, newest_step, records, start, wait_until
-from nodes import free_port, several_nodes
+from nodes import PACED, free_port, several_nodes
 
 KEYS = ["views.count=2", "views.size_px=8", "model.projector_dim=16", "evaluate.max_images=50", "checkpoint.every_steps=5"]
 long = pytest.mark.long
@@ -19,7 +19,7 @@ long = pytest.mark.long
 @pytest.fixture(scope="module")
 def client() -> Iterator[dict[str, str]]:
     """The variables of a client of a cluster whose dashboard takes jobs."""
-    with several_nodes({}) as nodes:
+    with several_nodes(PACED) as nodes:
         port = free_port()
         nodes.add("head", cpus=2, dashboard=port)
         yield {"RAY_AUTH_TOKEN_PATH": nodes.env["RAY_AUTH_TOKEN_PATH"], "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}

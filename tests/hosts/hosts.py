@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from nodes import PACED
+
 from ssl_ray.train.cluster import PROMPT
 
 ENTER = 'hostname "$1"; mount --bind "$2" "$3"; shift 3; exec "$@"'
@@ -48,7 +50,7 @@ class Hosts:
         token.write_text(os.urandom(32).hex())
         token.chmod(0o600)
         # Names of hosts mean nothing here, by which gloo finds the network that it is to use.
-        self.env = PROMPT | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "GLOO_SOCKET_IFNAME": "eth0"}
+        self.env = PROMPT | PACED | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "GLOO_SOCKET_IFNAME": "eth0"}
         self.switch = f"sw{os.getpid()}"
         self.numbers: dict[str, int] = {}
         self.processes: dict[str, subprocess.Popen] = {}
@@ -86,14 +88,18 @@ class Hosts:
             self.processes[name] = subprocess.Popen(
                 self._on(name, *command, apart=True), env=os.environ | self.env, stdout=log, stderr=log, start_new_session=True
             )
-        end = time.monotonic() + 90
+        end = time.monotonic() + 180
         while f"10.77.0.{number}" not in self.alive():
             assert time.monotonic() < end, (self.folder / f"{name}.log").read_text()
 
     def alive(self) -> str:
         """Addresses of the hosts that Ray says are alive."""
         with self._start(sys.executable, "-c", ASK) as asked:
-            return asked.communicate(timeout=60)[0]
+            try:
+                return asked.communicate(timeout=60)[0]
+            except subprocess.TimeoutExpired:  # on a busy machine
+                asked.kill()
+                return ""
 
     def cut(self, name: str) -> None:
         """Nothing goes to or from the host any more; nobody is told."""

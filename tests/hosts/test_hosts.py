@@ -16,7 +16,6 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"several hosts on one machine: {MISSING}"),
 ]
 KEYS = [*SMALL, "train.batch=32", "checkpoint.every_steps=20", "evaluate.max_images=50"]
-KEYS += ["views.size_px=24", "views.count=4"]
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,8 +18,8 @@ TINY = """
 recipe: digits
 keys: {train.workers: 0, train.digest: true, evaluate.max_images: 50, checkpoint.every_steps: 4, views.size_px: 8}
 sweep:
-  model.projector_dim: {grid: [16, 32]}
-  views.count: {grid: [2, 4]}
+  model.projector_dim: {grid: [16, 24, 32]}
+  views.count: {grid: [2]}
 budget: {views: 6000}
 readouts: 3
 prices: {here: 0.6}
@@ -50,12 +48,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("whole")
     uri = folder / "study"
     done = ssl_ray({}, "study", "run", str(tiny(folder)), "-o", str(uri), "--json").ok().json
-    assert done["counts"] == {"complete": 4}
+    assert done["counts"] == {"complete": 3}
     return read_study(str(uri))
 
 
 def test_a_study_runs_each_trial_to_its_budget_and_says_what_it_took(whole: Study):
-    assert [trial.name for trial in whole.trials] == ["0000-d16-m2-s0", "0001-d16-m4-s0", "0002-d32-m2-s0", "0003-d32-m4-s0"]
+    assert [trial.name for trial in whole.trials] == ["0000-d16-m2-s0", "0001-d24-m2-s0", "0002-d32-m2-s0"]
     for trial in whole.trials:
         assert trial.state.status == "complete"
         assert trial.curve.views[-1] == pytest.approx(6000, abs=128 * trial.m)
@@ -82,64 +80,32 @@ def test_status_and_list_show_it(whole: Study):
         (trial.name, "complete", trial.d) for trial in whole.trials
     ]
     (row,) = ssl_ray({}, "study", "list", str(Path(whole.uri).parent), "--json").ok().json
-    assert (row["trials"], row["ended"]) == (4, 4)
+    assert (row["trials"], row["ended"]) == (3, 3)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("after", ["running", "complete"])
-def test_a_study_whose_driver_is_killed_goes_on_to_the_same_results(whole: Study, tmp_path: Path, after: str):
+def test_a_study_whose_driver_is_killed_goes_on_to_the_same_results(whole: Study, tmp_path: Path):
     uri = tmp_path / "study"
-    command = [sys.executable, "-m", "ssl_ray", "study", "run", str(tiny(tmp_path)), "-o", str(uri)]
-    driver = subprocess.Popen(
-        command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    until = time.monotonic() + 300
-    while not any(f'"status": "{after}"' in path.read_text() for path in uri.glob("trials/*/trial.json")):
-        assert driver.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    time.sleep(2)
+    driver = start("study", "run", str(tiny(tmp_path)), "-o", str(uri), "--json")
+    assert wait_until(lambda: steps_are_stored(uri, 1), driver, "a step")
     os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
+    finish(driver)
     time.sleep(5)  # Ray's workers notice
-    done = ssl_ray({}, "study", "resume", str(uri), "--json").ok().json
-    assert done["counts"] == {"complete": 4}
-    assert comparable(read_study(str(uri))) == comparable(whole)
-    attempts = [trial.state.attempts for trial in read_study(str(uri)).trials]
-    assert sum(attempts) > 4 if after == "running" else sum(attempts) >= 4  # none may have run at that moment
+    assert ssl_ray({}, "study", "resume", str(uri), "--json").ok().json["counts"] == {"complete": 3}
+    assert_same_after_restarts(uri, whole)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_trial_that_fails_is_shown_and_the_others_go_on(tmp_path: Path):
-    text = TINY.replace("  views.count: {grid: [2, 4]}\n", "  optim.lr: {grid: [0.001, 1.0e+30]}\n").replace("[16, 32]", "[16]")
+    text = TINY.replace("  views.count: {grid: [2]}\n", "  optim.lr: {grid: [0.001, 1.0e+30]}\n").replace("[16, 24, 32]", "[16]")
     uri = tmp_path / "study"
     done = ssl_ray({}, "study", "run", str(tiny(tmp_path, text)), "-o", str(uri), "--json")
     assert (done.code, done.json["counts"]) == (1, {"complete": 1, "failed": 1})
     failed = read_study(str(uri)).trials[1]
     assert failed.state.error
     assert "NaN" in failed.state.error or "finite" in failed.state.error
-
-
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_a_signal_leaves_checkpoints_and_resume_gives_the_same_results(whole: Study, tmp_path: Path):
-    uri = tmp_path / "study"
-    command = [sys.executable, "-m", "ssl_ray", "study", "run", str(tiny(tmp_path)), "-o", str(uri)]
-    driver = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 300
-    while not list(uri.glob("trials/*/metrics/*")):
-        assert driver.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    driver.send_signal(signal.SIGTERM)
-    _, said = driver.communicate(timeout=200)
-    assert driver.returncode == 130, said
-    assert "Traceback" not in said
-    assert {trial.state.status for trial in read_study(str(uri)).trials} <= {"queued", "complete"}
-    assert ssl_ray({}, "study", "resume", str(uri), "--json").ok().json["counts"] == {"complete": 4}
-    assert comparable(read_study(str(uri))) == comparable(whole)
 
 
 def trial_processes(driver: psutil.Process) -> list[psutil.Process]:
@@ -149,7 +115,7 @@ def trial_processes(driver: psutil.Process) -> list[psutil.Process]:
 def assert_same_after_restarts(uri: Path, whole: Study) -> None:
     study = read_study(str(uri))
     assert comparable(study) == comparable(whole)
-    assert sum(trial.state.attempts for trial in study.trials) > 4
+    assert sum(trial.state.attempts for trial in study.trials) > 3
 
 
 def steps_are_stored(uri: Path, number: int) -> bool:
@@ -159,7 +125,7 @@ def steps_are_stored(uri: Path, number: int) -> bool:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_a_trial_whose_process_is_killed_goes_on_by_itself_to_the_same_results(whole: Study, tmp_path: Path):
+def test_a_trial_whose_process_is_killed_goes_on_by_itself_and_a_signal_leaves_checkpoints(whole: Study, tmp_path: Path):
     uri = tmp_path / "study"
     driver = start("study", "run", str(tiny(tmp_path)), "-o", str(uri), "--json")
     assert wait_until(lambda: steps_are_stored(uri, 1), driver, "a step")
@@ -167,8 +133,15 @@ def test_a_trial_whose_process_is_killed_goes_on_by_itself_to_the_same_results(w
     assert victims
     for victim in victims:
         victim.kill()
-    code, _, err = finish(driver)
-    assert code == 0, err
+    again = lambda: any(json.loads(path.read_text())["attempts"] > 1 for path in uri.glob("trials/*/trial.json"))  # noqa: E731
+    assert wait_until(again, driver, "the next start of a trial")
+    assert wait_until(lambda: steps_are_stored(uri, 2), driver, "a step of another trial")
+    driver.terminate()
+    code, _, said = finish(driver, 200)
+    assert code == 130, said
+    assert "Traceback" not in said
+    assert {trial.state.status for trial in read_study(str(uri)).trials} <= {"queued", "complete"}
+    assert ssl_ray({}, "study", "resume", str(uri), "--json").ok().json["counts"] == {"complete": 3}
     assert_same_after_restarts(uri, whole)
 
 
@@ -192,8 +165,8 @@ def test_trials_whose_machine_is_gone_go_on_elsewhere_to_the_same_results(whole:
 @pytest.mark.timeout(600)
 def test_one_trial_is_stopped_for_good_and_the_others_end(tmp_path: Path):
     uri = tmp_path / "study"
-    text = TINY.replace("[16, 32]", "[16]").replace("views: 6000", "views: 1.0e+6")
-    driver = start("study", "run", str(tiny(tmp_path, text.replace("[2, 4]", "[2]"))), "-o", str(uri), "--json")
+    text = TINY.replace("[16, 24, 32]", "[16]").replace("views: 6000", "views: 1.0e+6")
+    driver = start("study", "run", str(tiny(tmp_path, text)), "-o", str(uri), "--json")
     assert wait_until(lambda: steps_are_stored(uri, 1), driver, "a step")
     ssl_ray({}, "study", "stop", str(uri), "no-such").refused(2, "no-such", "0000-d16-m2-s0")
     ssl_ray({}, "study", "stop", str(uri), "0000-d16-m2-s0").ok()
@@ -211,7 +184,7 @@ ASHA = """
 recipe: digits
 keys: {train.workers: 0, evaluate.max_images: 200, checkpoint.every_steps: 4, views.size_px: 8, model.projector_dim: 32}
 sweep:
-  optim.lr: {grid: [0.01, 1.0e-9, 1.1e-9, 1.2e-9]}
+  optim.lr: {grid: [0.01, 1.0e-9, 1.1e-9]}
 budget: {views: 60000}
 readouts: 6
 objective: knn_accuracy
@@ -225,7 +198,7 @@ def test_asha_ends_bad_trials_early_and_resume_leaves_them_ended(tmp_path: Path)
     uri = tmp_path / "study"
     counts = ssl_ray({}, "study", "run", str(tiny(tmp_path, ASHA)), "-o", str(uri), "--json").ok().json["counts"]
     trials = read_study(str(uri)).trials
-    assert sum(counts.values()) == len(trials) == 4
+    assert sum(counts.values()) == len(trials) == 3
     ended = [trial for trial in trials if trial.state.status == "stopped"]
     assert ended
     for trial in ended:
@@ -244,7 +217,7 @@ def test_asha_ends_bad_trials_early_and_resume_leaves_them_ended(tmp_path: Path)
 @pytest.mark.timeout(600)
 def test_a_budget_of_minutes_becomes_steps_before_the_start(tmp_path: Path):
     uri = tmp_path / "study"
-    text = TINY.replace("views: 6000", "minutes: 0.05").replace("[16, 32]", "[16]")
+    text = TINY.replace("views: 6000", "minutes: 0.05").replace("[16, 24, 32]", "[16]").replace("[2]", "[2, 4]")
     summary = ssl_ray({}, "study", "run", str(tiny(tmp_path, text)), "-o", str(uri), "--json").ok().json
     study = read_study(str(uri))
     assert summary["counts"] == {"complete": 2}
@@ -258,17 +231,17 @@ def test_a_budget_of_minutes_becomes_steps_before_the_start(tmp_path: Path):
 @pytest.mark.timeout(600)
 def test_trials_of_several_workers_train_through_ray_train(tmp_path: Path):
     uri = tmp_path / "study"
-    text = TINY.replace("train.workers: 0", "train.workers: 2").replace("[16, 32]", "[16]")
-    assert ssl_ray({}, "study", "run", str(tiny(tmp_path, text)), "-o", str(uri), "--json").ok().json["counts"] == {"complete": 2}
-    for trial in read_study(str(uri)).trials:
-        assert trial.curve.views[-1] == pytest.approx(6000, abs=128 * trial.m)
+    text = TINY.replace("train.workers: 0", "train.workers: 2").replace("[16, 24, 32]", "[16]")
+    assert ssl_ray({}, "study", "run", str(tiny(tmp_path, text)), "-o", str(uri), "--json").ok().json["counts"] == {"complete": 1}
+    (trial,) = read_study(str(uri)).trials
+    assert trial.curve.views[-1] == pytest.approx(6000, abs=128 * trial.m)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_optuna_proposes_trials_and_a_study_that_was_killed_goes_on(tmp_path: Path):
     uri = tmp_path / "study"
-    sweep = "sweep:\n  optim.lr: {log_uniform: [1.0e-4, 1.0e-1]}\n  views.count: {choice: [2, 4]}\ndraws: 5\nsearch: optuna\n"
+    sweep = "sweep:\n  optim.lr: {log_uniform: [1.0e-4, 1.0e-1]}\n  views.count: {choice: [2, 4]}\ndraws: 4\nsearch: optuna\n"
     text = TINY.partition("sweep:")[0] + sweep + TINY[TINY.index("budget:") :]
     driver = start("study", "run", str(tiny(tmp_path, text)), "-o", str(uri), "--json")
     assert wait_until(
@@ -278,11 +251,11 @@ def test_optuna_proposes_trials_and_a_study_that_was_killed_goes_on(tmp_path: Pa
     finish(driver)
     time.sleep(5)  # Ray's workers notice
     before = {trial.name: trial.settings for trial in read_study(str(uri)).trials}
-    assert 0 < len(before) < 5
-    assert ssl_ray({}, "study", "resume", str(uri), "--json").ok().json["counts"] == {"complete": 5}
+    assert 0 < len(before) < 4
+    assert ssl_ray({}, "study", "resume", str(uri), "--json").ok().json["counts"] == {"complete": 4}
     study = read_study(str(uri))
     assert {trial.name: trial.settings for trial in study.trials}.items() >= before.items()
-    assert len({json.dumps(trial.settings) for trial in study.trials}) == 5
+    assert len({json.dumps(trial.settings) for trial in study.trials}) == 4
     for trial in study.trials:
         assert 1e-4 <= trial.settings["optim.lr"] <= 1e-1
         assert trial.m in (2, 4)

@@ -33,9 +33,9 @@ def test_the_memory_of_more_images_is_what_a_process_takes_for_them():
     assert counted == pytest.approx(used, rel=0.3)
 
 
-def test_fewer_workers_than_memory_allows_are_refused(tmp_path):
+def test_fewer_workers_than_memory_allows_are_refused(cluster, tmp_path):
     keys = ["train.workers={min: 1, max: 2}", "train.batch=1216", "views.count=64", "views.size_px=128"]
-    code, _, err = run("pretrain", f"run={tmp_path / 'run'}", *keys)
+    code, _, err = run("pretrain", f"run={tmp_path / 'run'}", *keys, env=cluster)
     assert code == 4
     last = err.splitlines()[-2:]
     assert last[0].startswith("ssl-ray: train.workers={min: 1, max: 2}: 1 would have 1216 images of a step each, which take ")

@@ -1,14 +1,13 @@
-"""Nodes that die, are taken away and come: the run goes on with as many workers as there is room for, and loses no step."""
+"""Nodes that die and come: the run goes on with as many workers as there is room for, and loses no step."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
-from harness import SMALL, assert_same, digests, finish, newest_step, records, run, start, stop, wait_until
-from nodes import Nodes, several_nodes
+from harness import SMALL, digests, finish, newest_step, records, run, start, stop, wait_until
+from nodes import PACED, Nodes, several_nodes
 
-KEYS = [*SMALL, "train.batch=32", "checkpoint.every_steps=20", "evaluate.max_images=50", "views.size_px=24", "views.count=4"]
+KEYS = [*SMALL, "train.batch=32", "checkpoint.every_steps=20", "evaluate.max_images=50"]
 
 
 class Watched:
@@ -43,45 +42,20 @@ class Watched:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_the_workers_follow_nodes_that_die_come_and_are_taken_away(tmp_path):
-    with several_nodes({}) as nodes:
+def test_the_workers_follow_nodes_that_die_and_come(tmp_path):
+    with several_nodes(PACED) as nodes:
         nodes.add("head", cpus=0)
         nodes.add("first", cpus=2)
         nodes.add("second", cpus=2)
         watched = Watched(tmp_path / "run", nodes, "train.workers={min: 1, max: 3}", "train.steps=100000")
         watched.reach(30)
-        nodes.kill("second")
+        nodes.terminate_raylet("second")
         watched.ends_of_workers(1)
         nodes.add("third", cpus=2)
         assert "made way for more workers" in watched.ends_of_workers(2)
-        before = newest_step(watched.uri)
-        nodes.drain("first" if nodes.has_workers("first") else "third", deadline_s=60)
-        assert "left its machine, which is being taken away" in watched.ends_of_workers(3)
-        marker = json.loads((watched.uri / "latest.json").read_text())
-        assert marker["step"] >= before  # no step that was done was lost
         stop(watched.driver)
     steps = len(records(watched.uri))
     code, _, err = run("pretrain", f"run={tmp_path / 'alone'}", "train.workers=0", f"train.steps={steps}", *KEYS)
     assert code == 0, err
     assert digests(watched.uri) == digests(tmp_path / "alone")
     assert [step for step, _ in digests(watched.uri)] == list(range(steps))
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_a_fixed_number_of_workers_waits_for_a_node_in_the_place_of_one_that_was_ended(tmp_path):
-    steps = "train.steps=120"
-    with several_nodes({}) as nodes:
-        nodes.add("head", cpus=0)
-        nodes.add("first", cpus=1)
-        nodes.add("second", cpus=1)
-        code, _, err = run("pretrain", f"run={tmp_path / 'alone'}", "train.workers=2", steps, *KEYS, env=nodes.env)
-        assert code == 0, err
-        watched = Watched(tmp_path / "run", nodes, "train.workers=2", steps)
-        watched.reach(30)
-        nodes.terminate_raylet("second")
-        watched.until(lambda: bool(watched.failures()), "the end of the workers")
-        time.sleep(25)  # it says what it waits for
-        nodes.add("third", cpus=1)
-        assert "waiting for machines: there is room for 1 of 2 workers, which need 0.5 CPUs" in watched.finish()
-    assert_same(tmp_path / "alone", watched.uri)

@@ -83,7 +83,7 @@ def test_an_evaluation_over_a_cluster_has_the_numbers_of_one_in_one_process(clus
     alone = ssl_ray({}, "evaluate", str(uri), "--json").ok().json
     assert ssl_ray(cluster, "evaluate", str(uri), "--json").ok().json == alone
     assert json.loads((uri / "evaluations" / "0000000005.json").read_text()) == alone
-    protocols = ("evaluate", str(uri), "linear", "knn", "spectrum", "--json")
+    protocols = ("evaluate", str(uri), "knn", "spectrum", "--json")
     assert ssl_ray(cluster, *protocols).ok().json == ssl_ray({}, *protocols).ok().json
     for name, environment in (("alone", {}), ("over", cluster)):
         ssl_ray(environment, "embed", str(uri), "digits", "-o", str(tmp_path / f"{name}.parquet")).ok()

@@ -34,11 +34,14 @@ def losses_of_worker(group: dist.ProcessGroup | None, config: Config) -> list[fl
     return losses
 
 
-@pytest.mark.parametrize("loss", ["loss.form=mean", "loss.form=pairs", "loss.name=vicreg", "loss.name=spectral"])
-def test_losses_of_fifty_steps_do_not_depend_on_the_number_of_workers(loss: str):
+@pytest.mark.parametrize(
+    ("loss", "numbers"),
+    [("loss.form=mean", (2, 3)), ("loss.form=pairs", (3,)), ("loss.name=vicreg", (3,)), ("loss.name=spectral", (3,))],
+)
+def test_losses_of_fifty_steps_do_not_depend_on_the_number_of_workers(loss: str, numbers: tuple[int, ...]):
     config = located(build({"data": {"uri": "digits"}}, [*KEYS, loss]))
     alone = losses_of_worker(None, config)
-    for workers in (2, 3):  # of 48 lanes; three workers have 16 each
+    for workers in numbers:  # of 48 lanes; three workers have 16 each
         together = gloo.run(losses_of_worker, [(config,)] * workers)
         assert all(losses == together[0] for losses in together)
         assert together[0] == pytest.approx(alone, rel=1e-9)
