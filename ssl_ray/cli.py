@@ -248,7 +248,8 @@ def _plan(options: argparse.Namespace) -> Result:
             shards = options.shards or max(1, options.images * size // SHARD_BYTES)
             data = planned(made, images=options.images, shards=shards, mean_bytes=size)
         steps, rate = 0 if options.no_probe else 3, options.images_per_s
-        return forecast(made, data=data, probe_steps=steps, images_per_s=rate, progress=progress), console.plan
+        made_of = forecast(made, data=data, probe_steps=steps, images_per_s=rate, gpu=options.gpu, progress=progress)
+        return made_of, console.plan
 
 
 def _profile(options: argparse.Namespace) -> Result:
@@ -637,6 +638,7 @@ def _ending(suffix: str) -> Callable[[str], str]:
 _png = _ending(".png")
 
 
+_GPUS = "l4, a10g, l40s, a100, h100 or h200"
 _PROTOCOLS = "linear, linear-plain, knn, logreg, fewshot, finetune, spectrum"
 
 
@@ -678,6 +680,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = verbs.choices["plan"]
     plan.add_argument("--no-probe", action="store_true", help="do not train a few steps to estimate time")
     plan.add_argument("--images-per-s", type=_at_least(1), metavar="N", help="of all workers together: estimate time from that")
+    plan.add_argument("--gpu", metavar="NAME", help=f"of each worker, {_GPUS}: estimate time and memory from its data sheet")
     plan.add_argument("--images", type=_at_least(1), metavar="N", help="plan for a data set that is not there yet, as 1e9")
     plan.add_argument("--shards", type=_at_least(1), metavar="N", help="of that; default: shards of 64 MiB")
     plan.add_argument("--mean-bytes", type=_at_least(1), metavar="N", help=f"of an image of that; default: {MEAN_BYTES}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torchvision
 
 from ssl_ray import plan as plans
 
@@ -246,9 +247,23 @@ def test_a_billion_images_for_1024_workers_are_planned_within_two_gigabytes():
     assert seen["plan_bytes"] + seen["plan_of_an_epoch_in_each_process_bytes"] < 400 * 2**20
 
 
+def test_time_and_memory_on_a_gpu_are_those_of_the_operations_that_torchvision_tells():
+    keys = ("train.workers=8", "train.batch=512", "data.eval_uri=x")
+    seen, _ = forecast("-c", "imagenet", "--images", "1281167", "--gpu", "a100", *keys)
+    of_a_view = 3 * 2e9 * torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["_ops"]  # multiplications of a forward pass
+    assert seen["operations_of_an_image"] == pytest.approx(4 * of_a_view, rel=0.02)  # the projector is as good as nothing
+    assert seen["gpu_images_each_second"] == pytest.approx(0.2 * 312e12 / (4 * of_a_view), rel=0.02)
+    assert seen["estimated_s"] == pytest.approx(seen["images"] / (8 * seen["gpu_images_each_second"]), rel=0.01)
+    assert seen["gpu_memory_bytes"] == 80 * 10**9
+    half, _ = forecast("-c", "imagenet", "--images", "1281167", "--gpu", "a100", *keys, "train.batch=256")
+    weights = 4 * 4 * seen["weights"]
+    assert seen["gpu_needed_bytes"] - weights == pytest.approx(2 * (half["gpu_needed_bytes"] - weights), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
+        (["--gpu", "abacus", "--images", "500"], "expected one of l4, a10g"),
         (["--shards", "5"], "Say how many --images"),
         (["--images", "5", "--shards", "9"], "--shards: got 9, but there are 5 images"),
         (["--images", "1e99"], "expected a whole number"),

@@ -21,6 +21,7 @@ from ssl_ray.shards import Manifest
 from ssl_ray.shards.manifest import OPEN_PARTS, ROWS_AT_ONCE
 from ssl_ray.shards.read import GZIP_CACHE_BYTES, merge_ranges
 from ssl_ray.train.loop import compute_loss, make_network, views_on
+from ssl_ray.train.memory import worker_needs
 from ssl_ray.train.optim import build_optimizer
 from ssl_ray.train.pretrain import Progress, located, open_data, plan_schedule
 
@@ -32,6 +33,16 @@ COUNTED = 512
 """Shares of rounds whose requests are counted; of more, the rest is taken to be alike."""
 PROBE_S = 20.0
 """The probe takes about so many seconds."""
+GPUS = {  # operations a second in bfloat16 without sparsity, bytes of memory: NVIDIA's data sheets
+    "l4": (121e12, 24e9),
+    "a10g": (70e12, 24e9),
+    "l40s": (362e12, 48e9),
+    "a100": (312e12, 80e9),
+    "h100": (989e12, 80e9),
+    "h200": (989e12, 141e9),
+}
+UTILISATION = 0.2
+"""Of a GPU's operations: what ResNet-50 at 224 px reaches on an A100 (about 2,500 images/s); smaller ones reach less."""
 FEW = 2
 """Images of the steps that say how many images can be probed; fewer have no variance."""
 
@@ -63,14 +74,24 @@ def planned(config: Config, *, images: int, shards: int, mean_bytes: float) -> s
 
 
 def forecast(
-    config: Config, *, data: stream.TrainingData | None = None, probe_steps: int, images_per_s: float | None, progress: Progress
+    config: Config,
+    *,
+    data: stream.TrainingData | None = None,
+    probe_steps: int,
+    images_per_s: float | None,
+    gpu: str | None = None,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Steps, samples, requests, bytes and memory of a run of `config`; with a rate or probe_steps > 0 also its time.
+    """Steps, samples, requests, bytes and memory of a run of `config`; with a rate, a GPU or probe_steps > 0 also its time.
 
-    data: that of `planned`; None: what config.data names.  images_per_s: of all workers; None: as tried on this machine, if there
-    is data and probe_steps.
-    Names say the unit: `_bytes`, `_s`; the rest are counts.
+    data: that of `planned`; None: what config.data names.  images_per_s: of all workers; None: as estimated for the GPU, or
+    tried on this machine, if there is data and probe_steps.  gpu: that of each worker, a name in GPUS.
+    Names say the unit: `_bytes`, `_s`; the rest are counts. Raises UsageError for a GPU that is not known.
     """
+    if gpu is not None and gpu not in GPUS:
+        raise UsageError(
+            f"--gpu: got {gpu}, expected one of {', '.join(GPUS)}.\nOr say how many --images-per-s all workers take."
+        )
     there = data is None
     data = open_data(located(config))[0] if data is None else data
     made, spec = data.plan, config.views
@@ -109,6 +130,10 @@ def forecast(
         "set_up_of_an_epoch_s": setup_s,
         "checkpoint_bytes": checkpoint_bytes,
     }
+    if gpu is not None:
+        on_gpu = _on_gpu(config, gpu, busiest=busiest)
+        result |= on_gpu
+        images_per_s = images_per_s or workers * on_gpu["gpu_images_each_second"]
     if images_per_s is None and probe_steps and there:
         share, total = busiest / made.batch, schedule.total_steps
         result |= _time(config, data, network, steps=probe_steps, share=share, total=total, progress=progress)
@@ -124,6 +149,20 @@ def forecast(
         "checkpoints_per_hour": round(per_hour, 1),
         "checkpoint_puts_per_hour": round(per_hour * COMMIT_PUTS),
         "checkpoints_written_per_hour_bytes": round(per_hour * checkpoint_bytes),
+    }
+
+
+def _on_gpu(config: Config, gpu: str, *, busiest: int) -> dict[str, Any]:
+    """An estimate from the operations of an image: without float32's they are half as many a second (TF32)."""
+    needs, (flops, there) = worker_needs(config), GPUS[gpu]
+    if not config.train.bf16:
+        flops /= 2
+    return {
+        "gpu": gpu,
+        "operations_of_an_image": round(needs.image_flops),
+        "gpu_images_each_second": round(UTILISATION * flops / needs.image_flops, 1),
+        "gpu_needed_bytes": round(busiest * needs.image_bytes + needs.weights_bytes),
+        "gpu_memory_bytes": round(there),
     }
 
 

@@ -168,14 +168,14 @@ def require_memory(config: Config, data: stream.TrainingData) -> None:
 
     That of GPUs is not known before a worker is there.
     """
-    from ssl_ray.train.memory import worker_bytes
+    from ssl_ray.train.memory import worker_needs
 
     workers, made = config.train.workers, data.plan
     nodes = [node for node in staying_nodes() if node.cpus and node.has(config.train.label)]
     if not isinstance(workers, Workers) or not nodes or any(node.resources.get("GPU") for node in nodes):
         return
     there = max(node.resources.get("memory", 0.0) for node in nodes)
-    an_image, weights = worker_bytes(config)
+    an_image, weights, _ = worker_needs(config)
 
     def share(workers: int) -> int:
         return len(plan.lanes_of(0, workers, made.lanes)) * made.batch // made.lanes

@@ -22,7 +22,7 @@ OPTIONS = {
     "export": {"--json", "--output", "--format", "--step", "--license", "--overwrite"},
     "embed": {"--json", "--output"},
     "neighbours": {"--json", "--output", "--images"},
-    "plan": {"--json", "--config", "--no-probe", "--images", "--shards", "--mean-bytes", "--images-per-s"},
+    "plan": {"--json", "--config", "--no-probe", "--images", "--shards", "--mean-bytes", "--images-per-s", "--gpu"},
     "profile": {"--json", "--steps"},
     "data pack": {"--json", "--split", "--root", "--download", "--seed", "--shard-mb", "--overwrite"},
     "data index": {"--json", "--output"},

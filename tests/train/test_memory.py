@@ -13,7 +13,7 @@ from ssl_ray.train import memory
 from ssl_ray.train.loop import compute_loss, make_network
 
 config = build({}, sys.argv[1:])
-an_image, _ = memory.worker_bytes(config)
+an_image = memory.worker_needs(config).image_bytes
 network, spec = make_network(config, group=None), config.views
 used = []
 for images in (2, 64):
