@@ -56,6 +56,20 @@ def as_rows(found: list[Claim]) -> list[dict[str, Any]]:
     ]
 
 
+def as_markdown(found: list[Claim]) -> str:
+    """A table, a row for each."""
+    rows = ["| verdict | claim | measured, mean (95 % interval) | the claim: above | seeds |", "|---|---|---|---:|---:|"]
+    for claim in found:
+        number = ".4f" if abs(claim.threshold) < 0.1 else ".2f"
+        known = claim.effect.mean, claim.effect.low, claim.effect.high
+        mean, low, high = (format(value, number) if math.isfinite(value) else "unknown" for value in known)
+        text = f"({claim.part}) {claim.text}"
+        rows.append(
+            f"| {claim.verdict} | {text} | {claim.measure}: {mean} ({low} to {high}) | {claim.threshold:g} | {claim.effect.n} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
 def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
 

@@ -221,8 +221,8 @@ def _tune(trials: Trials, keeper: "Keeper", *, asked: Any, progress: Progress, t
     with cluster.ray_session(listen) as session:
         from ray import tune
 
-        for name in ("ray.tune", "ray.train"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its tracebacks of trials that died: we say so
         at_a_time = concurrency(session.capacity, configs)
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_a_time)  # those that wait for a node have it come
         missing = len(trials.todo) + trials.total - len(trials.states)
@@ -239,7 +239,8 @@ def _tune(trials: Trials, keeper: "Keeper", *, asked: Any, progress: Progress, t
                 scheduler=_scheduler(trials),
                 max_concurrent_trials=at_a_time,
                 num_samples=-1,
-                reuse_actors=False,
+                # Torch and Ray take seconds to import. A trial that is ended early may be in its process for a while yet.
+                reuse_actors=head.asha is None,
             ),
             run_config=tune.RunConfig(
                 name="study",
@@ -396,6 +397,9 @@ class Keeper:
 
             def on_trial_complete(self, iteration, trials, trial, **info):
                 keeper.completed(trial.config["trial"])
+
+            def on_trial_recover(self, iteration, trials, trial, **info):
+                keeper.progress("stage", {"text": f"{trial.config['trial']}: its process died; it goes on from its checkpoint"})
 
             def on_trial_error(self, iteration, trials, trial, **info):
                 text = "\n".join(str(trial.get_error() or "its process died").strip().splitlines()[-ERROR_LINES:])
