@@ -15,10 +15,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,14 @@ def ray_session(listen: Callable[[], None] = lambda: None) -> Iterator[Session]:
     threads = ThreadPoolExecutor(thread_name_prefix="ray")
     called: list[Future[Any]] = []
     address, keep, joined = "", False, has_joined()
+    processes = _Processes()
 
     def call(work: Callable[..., Any], *given: Any) -> "Future[Any]":
         called.append(threads.submit(work, *given))
         return called[-1]
 
     try:
-        starting = call(start_ray, folder)
+        starting = call(start_ray, folder, processes)
         while not starting.done():
             listen()
             wait([starting], timeout=LISTEN_S)
@@ -96,6 +98,8 @@ def ray_session(listen: Callable[[], None] = lambda: None) -> Iterator[Session]:
             import ray
 
             ray.shutdown()
+        else:
+            processes.freeze()  # they end with this one, and until then could make the folder anew
         threads.shutdown(wait=False)
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -134,10 +138,11 @@ def _sweep() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_ray(folder: Path) -> tuple[Capacity, str]:
+def start_ray(folder: Path, processes: "_Processes") -> tuple[Capacity, str]:
     """Joins the cluster that RAY_ADDRESS names, else starts a local one with token authentication, without dashboard.
 
-    folder: where a local one keeps its sockets and logs.  Returns what is free and the address of the head.
+    folder: where a local one keeps its sockets and logs.  processes: is told of its processes.
+    Returns what is free and the address of the head.
     Raises ResourceError if the cluster cannot be reached or started.
     """
     if has_joined():
@@ -167,7 +172,7 @@ def start_ray(folder: Path) -> tuple[Capacity, str]:
         if not is_local():
             ray.init(**common)
         else:
-            with _deaf_to_sigterm():
+            with _deaf_to_sigterm(processes):
                 ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, _temp_dir=str(folder), **common)
         return of_cluster(free=True), ray.get_runtime_context().gcs_address
     except (RuntimeError, ConnectionError, TimeoutError) as error:
@@ -177,8 +182,32 @@ def start_ray(folder: Path) -> tuple[Capacity, str]:
         raise ResourceError(f"Ray did not start or cannot be reached ({storage.one_line(error)}). {remedy}") from error
 
 
+class _Processes:
+    """Ray's that this process has started, each the leader of a group."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._started: list[subprocess.Popen] = []
+        self._frozen = False
+
+    def start(self, begin: Callable[[], subprocess.Popen]) -> subprocess.Popen:
+        with self._lock:
+            if self._frozen:
+                raise RuntimeError("Ray is not started any more")
+            self._started.append(begin())
+            return self._started[-1]
+
+    def freeze(self) -> None:
+        """Stops them where they are, and lets no more begin. The kernel ends them with this process all the same."""
+        with self._lock:
+            self._frozen = True
+            for process in self._started:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGSTOP)
+
+
 @contextmanager
-def _deaf_to_sigterm() -> Iterator[None]:
+def _deaf_to_sigterm(processes: _Processes) -> Iterator[None]:
     """The processes that Ray starts meanwhile, and theirs, take no notice of SIGTERM (seen with Ray 2.60).
 
     `timeout`, schedulers and init systems signal whole groups and jobs. Ray would end before its workers leave a checkpoint,
@@ -192,7 +221,7 @@ def _deaf_to_sigterm() -> Iterator[None]:
     def start(*command: Any, **options: Any) -> subprocess.Popen:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # is inherited, by Ray's workers too
         try:
-            process = popen(*command, process_group=0, **options)
+            process = processes.start(lambda: popen(*command, process_group=0, **options))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         process.terminate = process.kill = functools.partial(_kill_group, process)  # this is how ray.shutdown ends them

@@ -266,7 +266,12 @@ def test_a_stop_while_ray_starts_ends_with_130_and_leaves_nothing_behind(number,
     code, _, err = finish(victim.driver, 30)
     assert (code, err.splitlines()[-1].endswith("; the same command continues.")) == (130, True), err
     assert "Traceback" not in err
-    assert not list(Path("/tmp").glob(f"ssl-ray-{victim.driver.pid}-*"))
+    name = f"ssl-ray-{victim.driver.pid}-"
+    assert not list(Path("/tmp").glob(f"{name}*"))
+    deadline = time.monotonic() + 20
+    while left := [process for process in psutil.process_iter(["cmdline"]) if name in " ".join(process.info["cmdline"] or [])]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 @pytest.mark.long
