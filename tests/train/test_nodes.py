@@ -49,6 +49,7 @@ def test_the_workers_follow_nodes_that_die_and_come(tmp_path):
         nodes.add("second", cpus=2)
         watched = Watched(tmp_path / "run", nodes, "train.workers={min: 1, max: 3}", "train.steps=100000")
         watched.reach(30)
+        assert all(nodes.has_workers(name) for name in ("first", "second"))
         nodes.terminate_raylet("second")
         watched.ends_of_workers(1)
         nodes.add("third", cpus=2)
