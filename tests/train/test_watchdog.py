@@ -95,16 +95,25 @@ def test_a_run_in_this_process_that_hangs_ends_with_what_it_waited_for(tmp_path)
     assert runs.read_marker(str(tmp_path / "run")).step == 2
 
 
+SLOW = [*SMALL, "train.batch=64", "train.steps=80", "checkpoint.every_steps=10", "evaluate.max_images=50"]
+SLOW += ["views.size_px=24", "views.count=4", "train.workers=2", "train.stall_s=30"]
+
+
+@pytest.fixture(scope="module")
+def alone(cluster, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    uri = tmp_path_factory.mktemp("alone") / "run"
+    code, _, err = run("pretrain", f"run={uri}", *SLOW, env=cluster)
+    assert code == 0, err
+    return uri
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("title", "step"), [("RayTrainWorker", 15), ("MapBatches", -1)])  # all data are soon made
-def test_a_worker_or_data_task_that_is_stopped_is_replaced_and_no_step_differs(cluster, faults, tmp_path, title, step):
-    keys = [*SMALL, "train.batch=64", "train.steps=80", "checkpoint.every_steps=10", "evaluate.max_images=50"]
-    keys += ["views.size_px=24", "views.count=4", "train.workers=2", "train.stall_s=30"]
-    code, _, err = run("pretrain", f"run={tmp_path / 'alone'}", *keys, env=cluster)
-    assert code == 0, err
+def test_a_worker_or_data_task_that_is_stopped_is_replaced_and_no_step_differs(alone, cluster, faults, tmp_path, title, step):
     uri = tmp_path / "run"
-    driver = start("pretrain", f"run={uri}", *keys, env=cluster)
+    driver = start("pretrain", f"run={uri}", *SLOW, env=cluster)
     assert wait_until(lambda: newest_step(uri) >= step, driver, f"step {step}")
     assert wait_until(lambda: ray_processes(title, faults), driver, "a process to stop")
     stopped = ray_processes(title, faults)[-1]
@@ -113,7 +122,7 @@ def test_a_worker_or_data_task_that_is_stopped_is_replaced_and_no_step_differs(c
     assert code == 0, err
     assert not stopped.is_running()
     assert (uri / "failures").is_dir() == (title == "RayTrainWorker")  # a task is done again by Ray, beside the workers
-    assert_same(tmp_path / "alone", uri)
+    assert_same(alone, uri)
 
 
 def test_what_comes_after_the_last_step_is_not_watched(tmp_path: Path):
