@@ -174,17 +174,7 @@ SLOW = ("views.size_px=24", "views.count=4")
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_one_worker_survives_any_kill(undisturbed, cluster, faults, tmp_path):
-    victim = Victim(tmp_path / "run", 1, faults=faults, env=cluster, keys=SLOW)
-    victim.kill_at_rename("checkpoints optimizer")
-    victim.terminate_driver(at=18)
-    victim.finish()
-    assert_same(undisturbed(0, *SLOW), tmp_path / "run")
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_two_workers_survive_any_kill(undisturbed, cluster, faults, tmp_path):
+def test_two_workers_survive_the_death_of_a_worker_and_of_a_read_out(undisturbed, cluster, faults, tmp_path):
     victim = Victim(tmp_path / "run", 2, faults=faults, env=cluster, keys=SLOW)
     victim.kill_worker(1, at=9)
     victim.kill_at_rename("evaluations/00")
@@ -194,7 +184,7 @@ def test_two_workers_survive_any_kill(undisturbed, cluster, faults, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_four_workers_survive_any_kill(undisturbed, cluster, faults, tmp_path):
+def test_four_workers_survive_the_death_of_a_worker_and_of_the_driver(undisturbed, cluster, faults, tmp_path):
     victim = Victim(tmp_path / "run", 4, faults=faults, env=cluster, keys=SLOW)
     victim.kill_worker(0, at=9)
     victim.kill_driver(at=30)
