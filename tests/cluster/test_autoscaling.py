@@ -111,7 +111,7 @@ def test_as_many_workers_as_the_grown_cluster_has_room_for(cluster: Local, tmp_p
 
 
 def test_workers_are_packed_if_the_user_says_so(tmp_path: Path):
-    """That they are spread otherwise is seen in train/test_nodes.py."""
+    """That they are spread otherwise is seen in cluster/test_drained.py."""
     with several_nodes(PACED) as nodes:
         nodes.add("head", cpus=0)
         nodes.add("first", cpus=2)

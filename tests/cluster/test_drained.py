@@ -37,6 +37,7 @@ def test_a_job_of_which_a_machine_is_taken_away_and_another_dies_ends_like_an_un
             return next(name for name in ("first", "second", "third") if name in nodes.processes and nodes.has_workers(name))
 
         until(lambda: newest_step(uri) >= 30, "step 30")
+        assert sum(nodes.has_workers(name) for name in ("first", "second", "third")) == 2
         before, drained = newest_step(uri), with_workers()
         nodes.drain(drained, deadline_s=60)
         until(lambda: len(failures()) == 1 and newest_step(uri) >= failures()[0]["step"] + 20, "the end and start of the workers")

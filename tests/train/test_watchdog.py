@@ -95,34 +95,26 @@ def test_a_run_in_this_process_that_hangs_ends_with_what_it_waited_for(tmp_path)
     assert runs.read_marker(str(tmp_path / "run")).step == 2
 
 
-SLOW = [*SMALL, "train.batch=64", "train.steps=80", "checkpoint.every_steps=10", "evaluate.max_images=50"]
-SLOW += ["views.size_px=24", "views.count=4", "train.workers=2", "train.stall_s=30"]
-
-
-@pytest.fixture(scope="module")
-def alone(cluster, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happened to."""
-    uri = tmp_path_factory.mktemp("alone") / "run"
-    code, _, err = run("pretrain", f"run={uri}", *SLOW, env=cluster)
-    assert code == 0, err
-    return uri
-
-
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("title", "step"), [("RayTrainWorker", 15), ("MapBatches", -1)])  # all data are soon made
-def test_a_worker_or_data_task_that_is_stopped_is_replaced_and_no_step_differs(alone, cluster, faults, tmp_path, title, step):
+def test_a_data_task_and_a_worker_that_are_stopped_are_replaced_and_no_step_differs(cluster, faults, tmp_path):
+    keys = [*SMALL, "train.batch=64", "train.steps=80", "checkpoint.every_steps=10", "evaluate.max_images=50"]
+    keys += ["views.size_px=24", "views.count=4", "train.workers=2", "train.stall_s=30"]
+    code, _, err = run("pretrain", f"run={tmp_path / 'alone'}", *keys, env=cluster)
+    assert code == 0, err
     uri = tmp_path / "run"
-    driver = start("pretrain", f"run={uri}", *SLOW, env=cluster)
-    assert wait_until(lambda: newest_step(uri) >= step, driver, f"step {step}")
-    assert wait_until(lambda: ray_processes(title, faults), driver, "a process to stop")
-    stopped = ray_processes(title, faults)[-1]
-    stopped.suspend()
+    driver = start("pretrain", f"run={uri}", *keys, env=cluster)
+    stopped = []
+    for title, step in (("MapBatches", -1), ("RayTrainWorker", 15)):  # all data are soon made
+        assert wait_until(lambda step=step: newest_step(uri) >= step, driver, f"step {step}")
+        assert wait_until(lambda title=title: ray_processes(title, faults), driver, "a process to stop")
+        stopped.append(ray_processes(title, faults)[-1])
+        stopped[-1].suspend()
     code, _, err = finish(driver)
     assert code == 0, err
-    assert not stopped.is_running()
-    assert (uri / "failures").is_dir() == (title == "RayTrainWorker")  # a task is done again by Ray, beside the workers
-    assert_same(alone, uri)
+    assert not any(process.is_running() for process in stopped)
+    assert len(list((uri / "failures").iterdir())) == 1  # a task is done again by Ray, beside the workers
+    assert_same(tmp_path / "alone", uri)
 
 
 def test_what_comes_after_the_last_step_is_not_watched(tmp_path: Path):
