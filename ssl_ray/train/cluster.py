@@ -221,7 +221,7 @@ def _deaf_to_sigterm(processes: _Processes) -> Iterator[None]:
     def start(*command: Any, **options: Any) -> subprocess.Popen:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # is inherited, by Ray's workers too
         try:
-            process = processes.start(lambda: popen(*command, process_group=0, **options))
+            process: Any = processes.start(lambda: popen(*command, process_group=0, **options))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         process.terminate = process.kill = functools.partial(_kill_group, process)  # this is how ray.shutdown ends them
