@@ -68,7 +68,7 @@ def case(reader: Reader, whole: Path, name: str, damage: Callable[[bytes], bytes
         shutil.rmtree(reader.uri)
 
 
-@pytest.mark.parametrize("cases", [40, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("cases", [40, pytest.param(600, marks=pytest.mark.long)])
 def test_damaged_files_of_a_run_are_read_or_refused(cases, trained, folder):
     names = [str(path.relative_to(trained)) for path in sorted(trained.rglob("*")) if path.is_file() and path.stat().st_size]
     own = folder / "run"

@@ -10,7 +10,6 @@ import psutil
 import pytest
 from command import ssl_ray
 from harness import VARYING, finish, records, start, wait_until
-from nodes import several_nodes
 
 from ssl_ray.study.results import Study, read_study
 
@@ -142,22 +141,6 @@ def test_a_trial_whose_process_is_killed_goes_on_by_itself_and_a_signal_leaves_c
     assert "Traceback" not in said
     assert {trial.state.status for trial in read_study(str(uri)).trials} <= {"queued", "complete"}
     assert ssl_ray({}, "study", "resume", str(uri), "--json").ok().json["counts"] == {"complete": 3}
-    assert_same_after_restarts(uri, whole)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_trials_whose_machine_is_gone_go_on_elsewhere_to_the_same_results(whole: Study, tmp_path: Path):
-    uri = tmp_path / "study"
-    with several_nodes({}) as nodes:
-        nodes.add("head", cpus=0)
-        nodes.add("first", cpus=1)
-        nodes.add("second", cpus=1)
-        driver = start("study", "run", str(tiny(tmp_path)), "-o", str(uri), "--json", env=nodes.env)
-        assert wait_until(lambda: steps_are_stored(uri, 2), driver, "a step of two trials")
-        nodes.kill("second")
-        code, _, err = finish(driver)
-    assert code == 0, err
     assert_same_after_restarts(uri, whole)
 
 
