@@ -248,8 +248,8 @@ def _plan(options: argparse.Namespace) -> Result:
             shards = options.shards or max(1, options.images * size // SHARD_BYTES)
             data = planned(made, images=options.images, shards=shards, mean_bytes=size)
         steps, rate = 0 if options.no_probe else 3, options.images_per_s
-        made_of = forecast(made, data=data, probe_steps=steps, images_per_s=rate, gpu=options.gpu, progress=progress)
-        return made_of, console.plan
+        planned_run = forecast(made, data=data, probe_steps=steps, images_per_s=rate, gpu=options.gpu, progress=progress)
+        return planned_run, console.plan
 
 
 def _profile(options: argparse.Namespace) -> Result:

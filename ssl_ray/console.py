@@ -361,7 +361,7 @@ def plan(values: dict[str, Any]) -> None:
         elif name.endswith("_s"):
             lines[name.removesuffix("_s")] = _duration(value) if value >= 1 else f"{1000 * value:.0f} ms"
         else:
-            lines[name] = f"{value:,}"
+            lines[name] = value if isinstance(value, str) else f"{value:,}"
     record({name.replace("_", " "): value for name, value in lines.items()})
 
 

@@ -120,6 +120,14 @@ def test_the_schema_explains_every_key(cli):
     assert "\ntrain.workers=2  [int or {min: int, max: int}]  (may change when a run is continued)\n" in text
 
 
+def test_a_plan_for_a_gpu_is_shown_with_its_name_and_memory(cli):
+    keys = ("--images", "500", "train.workers=1", "data.eval_uri=x")
+    lines = cli("plan", *keys, "--gpu", "l4").ok().out.splitlines()
+    shown = {line[: line.index("  ")]: line.split()[-1] for line in lines}
+    assert shown["gpu"] == "l4"
+    assert {"gpu memory", "gpu needed", "gpu images each second", "estimated"} <= shown.keys()
+
+
 def test_differences_of_recipes_are_shown_side_by_side(cli):
     rows = {row["key"]: row for row in cli("config", "diff", "digits", "cifar10", "--json").ok().json}
     assert rows["model.encoder"] == {"key": "model.encoder", "digits": "small", "cifar10": "resnet50"}

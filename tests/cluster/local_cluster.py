@@ -22,10 +22,8 @@ def typed(folder: Path, verb: str, *options: str) -> subprocess.CompletedProcess
     """`python cluster/local/cluster.py VERB`, of a cluster whose jobs import ssl_ray from here."""
     path = os.pathsep.join([str(ROOT), PACED["PYTHONPATH"]])
     command = [sys.executable, str(SCRIPT), verb, "--folder", str(folder), *options]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-        "PYTHONPATH": path,
-        "PACE_S": PACED["PACE_S"],
-    }
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = mine | PACED | {"PYTHONPATH": path}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
