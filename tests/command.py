@@ -38,5 +38,9 @@ def ssl_ray(environment: dict[str, str], *arguments: str) -> Done:
     """`ssl-ray` with these variables, and no other of AWS."""
     command = [sys.executable, "-m", "ssl_ray", *arguments]
     env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | environment
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode(errors="replace")
+        raise AssertionError(f"no end after 300 s: {' '.join(arguments)}\n{said[-4000:]}") from None
     return Done(done.returncode, done.stdout, done.stderr)

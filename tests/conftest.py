@@ -10,6 +10,10 @@ import pytest
 import seaweedfs
 
 
+# Ray's workers give way to all else by default: beside a test that uses both CPUs they would get a thirtieth.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests of the long stage too")
 

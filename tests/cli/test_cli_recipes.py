@@ -39,7 +39,7 @@ def test_a_recipe_takes_two_steps_on_images_of_its_shape(cli, tmp_path: Path, na
         "train.workers=0",
         "train.bf16=false",
         "train.steps=2",
-        "evaluate.max_images=8",
+        "evaluate.max_images=10",
     ]
     data = [f"data.uri={uri}", f"data.eval_uri={uri}", f"run={tmp_path / 'run'}"]
     summary = cli("pretrain", "-c", name, *data, *here, "--json").ok().json

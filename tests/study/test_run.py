@@ -10,6 +10,7 @@ import psutil
 import pytest
 from command import ssl_ray
 from harness import VARYING, finish, records, start, wait_until
+from nodes import PACED
 
 from ssl_ray.study.results import Study, read_study
 
@@ -126,7 +127,7 @@ def steps_are_stored(uri: Path, number: int) -> bool:
 @pytest.mark.timeout(600)
 def test_a_trial_whose_process_is_killed_goes_on_by_itself_and_a_signal_leaves_checkpoints(whole: Study, tmp_path: Path):
     uri = tmp_path / "study"
-    driver = start("study", "run", str(tiny(tmp_path)), "-o", str(uri), "--json")
+    driver = start("study", "run", str(tiny(tmp_path)), "-o", str(uri), "--json", env=PACED)
     assert wait_until(lambda: steps_are_stored(uri, 1), driver, "a step")
     victims = trial_processes(psutil.Process(driver.pid))
     assert victims
