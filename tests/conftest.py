@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import seaweedfs
 
-
 # Ray's workers give way to all else by default: beside a test that uses both CPUs they would get a thirtieth.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
