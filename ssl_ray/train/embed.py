@@ -1,9 +1,10 @@
 """Features of a whole data set as a Parquet file, and a picture of images with their nearest neighbours."""
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from ssl_ray.train.readouts import encoded, find_checkpoint, frozen_network, pla
 FORMAT_VERSION = 1
 ROWS = 1024
 """Most images whose features are made together, and so rows of a row group; never of two shards."""
+PIECE = 32
+"""So many row groups are stored as one piece, from which what was stopped or killed goes on."""
 MAX_IMAGES = 50_000
 """Images among which neighbours are looked for."""
 
@@ -46,11 +49,12 @@ def _opened(uri: str, data_uri: str) -> tuple[Network, Config, Manifest, dict[st
         "data_uri": manifest.uri,
         "class_names": manifest.class_names,
     }
-    return frozen_network(run, config, checkpoint=checkpoint), config, manifest, about
+    network = frozen_network(run, config, checkpoint=checkpoint)
+    return network, config, manifest, about | {"dimensions": network.encoder.num_features}
 
 
 def _short(about: dict[str, Any]) -> dict[str, Any]:
-    return {key: about[key] for key in ("step", "config_hash", "data_digest")}
+    return {key: about[key] for key in ("dimensions", "step", "config_hash", "data_digest")}
 
 
 def embed(
@@ -60,6 +64,7 @@ def embed(
 
     uri: the weights, as `find_checkpoint` takes them.  each: how parts of shards are gone through.  Images that cannot be read
     are left out, and counted.  Columns and metadata stand in docs/formats.md.
+    What is done is kept in `output`.parts until all is: called again after it was stopped or killed, it goes on from there.
     Memory: a row group of at most ROWS images at a time, whatever the size of the data set; disk: the file, where TMPDIR says.
     progress: called with the images that are done and all of them.
     """
@@ -68,29 +73,67 @@ def embed(
     parts = [(int(shard), first) for shard in filled for first in range(0, int(manifest.counts[shard]), ROWS)]
     if not parts:
         raise DataError(f"{data_uri}: has no images.")
-    rows = seen = 0
-    writer: pq.ParquetWriter | None = None
+    kept = f"{output}.parts"
+    pieces = {storage.join(kept, f"{i:08d}-of-{len(parts)}.parquet"): parts[i : i + PIECE] for i in range(0, len(parts), PIECE)}
+    there = {storage.join(kept, name) for name in storage.list_names(kept)}
+    missing = [at for at in pieces if at not in there or _piece(at, about) is None]
+    done = manifest.num_samples - sum(_count(manifest, part) for at in missing for part in pieces[at])
+    made = each(functools.partial(_part, network, config, manifest), [part for at in missing for part in pieces[at]])
+    rows = 0
     with storage.scratch_folder("embed") as folder:
         local = f"{folder}/features.parquet"
-        made = each(functools.partial(_part, network, config, manifest), parts)
-        with storage.storage_errors(local, "writing the features"):
-            try:
-                for (shard, first), (h, positions) in zip(parts, made, strict=True):
-                    seen += min(ROWS, int(manifest.counts[shard]) - first)
-                    progress(seen, manifest.num_samples)
-                    if not len(positions):
-                        continue
-                    table = _table(manifest, shard, positions, h, about)
-                    writer = writer or pq.ParquetWriter(local, table.schema, compression="zstd")
-                    writer.write_table(table)
-                    rows += len(positions)
-            finally:
-                if writer is not None:
-                    writer.close()
-        if writer is None:
+        for at in missing:
+            with _written(local) as write:
+                for part, (h, positions) in zip(pieces[at], made, strict=False):
+                    done += _count(manifest, part)
+                    progress(done, manifest.num_samples)
+                    write(_table(manifest, part[0], positions, h, about))
+            storage.upload(local, at)
+        with _written(local) as write:
+            for at in pieces:
+                piece = _piece(at, about)
+                if piece is None:
+                    raise DataError(f"{at}: changed while it was read. Do it again.")
+                for table in map(piece.read_row_group, range(piece.num_row_groups)):
+                    rows += len(table)
+                    if len(table):
+                        write(table)
+        if not rows:
             raise DataError(f"{data_uri}: none of its images can be read. Run `ssl-ray data check {data_uri}`.")
         storage.upload(local, output)
-    return {"written": output, "images": rows, "dimensions": h.shape[1], "unreadable": seen - rows} | _short(about)
+    storage.remove(kept)
+    return {"written": output, "images": rows, "unreadable": manifest.num_samples - rows} | _short(about)
+
+
+def _count(manifest: Manifest, part: tuple[int, int]) -> int:
+    return min(ROWS, int(manifest.counts[part[0]]) - part[1])
+
+
+@contextlib.contextmanager
+def _written(local: str) -> Iterator[Callable[[pa.Table], None]]:
+    """Takes tables, each a row group of the local Parquet file."""
+    writer: pq.ParquetWriter | None = None
+
+    def write(table: pa.Table) -> None:
+        nonlocal writer
+        writer = writer or pq.ParquetWriter(local, table.schema, compression="zstd")
+        writer.write_table(table)
+
+    with storage.storage_errors(local, "writing the features"):
+        try:
+            yield write
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def _piece(at: str, about: dict[str, Any]) -> pq.ParquetFile | None:
+    """A stored piece of features; None where it is damaged, or of other weights or data."""
+    try:
+        found = pq.ParquetFile(pa.BufferReader(storage.read_bytes(at)))
+    except pa.ArrowException:
+        return None
+    return found if (found.schema_arrow.metadata or {}).get(b"ssl_ray") == json.dumps(about).encode() else None
 
 
 def _part(network: Network, config: Config, manifest: Manifest, part: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +152,7 @@ def _table(manifest: Manifest, shard: int, rows: np.ndarray, h: np.ndarray, abou
         "key": index["key"],
         "shard": pa.array([manifest.names[shard].as_py()] * len(rows), pa.string()),
         "label": pa.array(labels, pa.int32(), mask=labels < 0),
-        "h": pa.FixedSizeListArray.from_arrays(pa.array(h.ravel(), pa.float32()), h.shape[1]),
+        "h": pa.FixedSizeListArray.from_arrays(pa.array(h.ravel(), pa.float32()), about["dimensions"]),
     }
     return pa.table(columns).replace_schema_metadata({"ssl_ray": json.dumps(about)})
 

@@ -1,5 +1,6 @@
 """`embed` and `neighbours` on a small run."""
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -59,6 +60,65 @@ def test_row_groups_and_how_parts_are_gone_through_change_no_number(features, tr
         assert pq.ParquetFile(at).metadata.num_row_groups == len(done) == 3
         assert done[-1] == (96, 96)
         assert pq.read_table(at).equals(pq.read_table(features), check_metadata=True)
+
+
+class Killed(Exception):
+    """What ends a process that makes features."""
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_what_was_killed_goes_on_from_the_pieces_that_are_whole(trained, packed, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr("ssl_ray.train.embed.ROWS", 10)
+    monkeypatch.setattr("ssl_ray.train.embed.PIECE", 2)
+    made = []
+
+    def counting(call, items, *, die_after=10**9):
+        for item in items:
+            if len(made) == die_after:
+                raise Killed
+            made.append(item)
+            yield call(item)
+
+    def run(name, each, data=packed):
+        done = []
+        embed(str(trained), str(data), str(tmp_path / name), each=each, progress=lambda *counts: done.append(counts))
+        return done
+
+    run("whole.parquet", counting)
+    total = len(made)
+    assert total > 6
+    made.clear()
+    with pytest.raises(Killed):
+        run("again.parquet", functools.partial(counting, die_after=5))
+    assert not (tmp_path / "again.parquet").exists()
+    pieces = sorted((tmp_path / "again.parquet.parts").iterdir())
+    assert len(pieces) == 2
+    if damage:
+        pieces[0].write_bytes(pieces[0].read_bytes()[:-100])
+    before = len(made)
+    done = run("again.parquet", counting)
+    assert len(made) - before == len(done) == total - (2 if damage else 4)
+    assert done[-1] == (96, 96)
+    assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert not (tmp_path / "again.parquet.parts").exists()
+
+
+def test_pieces_of_other_data_are_not_taken(trained, packed, with_bad_image, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssl_ray.train.embed.PIECE", 1)
+
+    def dying(call, items):
+        yield call(items[0])
+        raise Killed
+
+    def to(name, data, each):
+        embed(str(trained), str(data), str(tmp_path / name), each=each, progress=lambda *counts: None)
+
+    with pytest.raises(Killed):
+        to("a.parquet", packed, dying)
+    assert list((tmp_path / "a.parquet.parts").iterdir())
+    to("a.parquet", with_bad_image, in_turn)
+    to("b.parquet", with_bad_image, in_turn)
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
 def test_unreadable_images_are_left_out_and_counted(cli, trained, with_bad_image, tmp_path):
