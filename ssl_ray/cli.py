@@ -173,7 +173,7 @@ def _evaluate(options: argparse.Namespace) -> Result:
     if options.protocols:
         return _evaluate_protocols(options), console.protocols
     _require_protocol(options)
-    with over_cluster(in_turn) as each:
+    with over_cluster(in_turn, label=options.label) as each:
         return evaluate_checkpoint(options.run, step=options.step, untrained=options.untrained, each=each), console.evaluation
 
 
@@ -199,7 +199,7 @@ def _evaluate_protocols(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     if options.confusion is not None and len(options.protocols) != 1:
         raise UsageError(f"--confusion draws that of one protocol, got {len(options.protocols)}.")
-    with over_cluster(in_turn) as each:
+    with over_cluster(in_turn, label=options.label) as each:
         results = evaluate_protocols(
             options.run,
             options.protocols,
@@ -220,7 +220,7 @@ def _embed(options: argparse.Namespace) -> Result:
     from ssl_ray.ray_map import over_cluster
     from ssl_ray.train.embed import embed
 
-    with console.counting("images", quiet=options.json) as progress, over_cluster(in_turn) as each:
+    with console.counting("images", quiet=options.json) as progress, over_cluster(in_turn, label=options.label) as each:
         return embed(options.run, options.uri, options.output, each=each, progress=progress), console.record
 
 
@@ -229,7 +229,7 @@ def _neighbours(options: argparse.Namespace) -> Result:
     from ssl_ray.ray_map import over_cluster
     from ssl_ray.train.embed import draw_neighbours
 
-    with over_cluster(in_turn) as each:
+    with over_cluster(in_turn, label=options.label) as each:
         picture, found = draw_neighbours(options.run, options.uri, num_images=options.images, k=options.k, each=each)
     storage.write_atomic(options.output, picture)
     return {"written": options.output} | found, console.record
@@ -389,7 +389,7 @@ def _data_pack(options: argparse.Namespace) -> Result:
     from ssl_ray.each import in_threads
     from ssl_ray.ray_map import over_cluster
 
-    with console.counting("images", quiet=options.json) as progress, over_cluster(in_threads) as each:
+    with console.counting("images", quiet=options.json) as progress, over_cluster(in_threads, label=options.label) as each:
         where = {"split": options.split, "root": options.root, "download": options.download}
         source = shards.open_source(options.source, **where, each=each)
         if not 0 < options.shard_mb < 2**20:
@@ -406,7 +406,7 @@ def _data_index(options: argparse.Namespace) -> Result:
     from ssl_ray.each import in_threads
     from ssl_ray.ray_map import over_cluster
 
-    with console.counting("shards", quiet=options.json) as progress, over_cluster(in_threads) as each:
+    with console.counting("shards", quiet=options.json) as progress, over_cluster(in_threads, label=options.label) as each:
         manifest = shards.index(options.uri, output=options.output, each=each, progress=progress)
     note = shards.order_note(manifest)
     return _manifest_record(manifest) | ({} if note is None else {"note": note}), console.record
@@ -427,7 +427,7 @@ def _data_check(options: argparse.Namespace) -> Result:
     from ssl_ray.each import in_turn
     from ssl_ray.ray_map import over_cluster
 
-    with console.counting("shards", quiet=options.json) as progress, over_cluster(in_turn) as each:
+    with console.counting("shards", quiet=options.json) as progress, over_cluster(in_turn, label=options.label) as each:
         # Three channels: what cannot be decoded for them cannot be for one either.
         decode = functools.partial(views.decode, channels=3)
         report = shards.check(options.uri, decode=decode, each=each, progress=progress)
@@ -592,6 +592,11 @@ def _add(verbs: Any, name: str, verb: Any, help: str) -> argparse.ArgumentParser
     return parser
 
 
+def _takes_label(parser: argparse.ArgumentParser) -> None:
+    where = "nodes of the cluster that RAY_ADDRESS names to work on, as ssl-ray/role=data; default: any"
+    parser.add_argument("--label", metavar="KEY=VALUE", help=where)
+
+
 _RECIPE = "a recipe ({}), a YAML file or a run"
 
 
@@ -674,6 +679,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--confusion", type=_png, metavar="FILE.png", help="draw the confusion matrix of the protocol")
     evaluate.add_argument("--step", type=_at_least(0), help="the checkpoint of this step; default: the newest")
     evaluate.add_argument("--untrained", action="store_true", help="the network before training, batch norm calibrated")
+    _takes_label(evaluate)
     _add_export(verbs)
     _add_features(verbs)
     _takes_config(_add(verbs, "plan", _plan, "What a run would take: steps, samples, bytes, memory, time."))
@@ -719,6 +725,7 @@ def _add_features(verbs: Any) -> None:
     for verb in (embed, neighbours):
         verb.add_argument("run", metavar="RUN", help="folder or URI of the run, or of one of its checkpoints")
         verb.add_argument("uri", help="folder or URI of the images, with a manifest")
+        _takes_label(verb)
     embed.add_argument("-o", "--output", required=True, type=_ending(".parquet"), metavar="FILE.parquet", help="file to write")
     neighbours.add_argument("-o", "--output", required=True, type=_png, metavar="FILE.png", help="the picture to write")
     neighbours.add_argument("--images", type=_at_least(1), default=8, metavar="N", help="how many images; default: 8")
@@ -824,6 +831,8 @@ def _add_data(verbs: Any) -> None:
     index.add_argument("-o", "--output", metavar="URI", help="where to write them; default: beside the shards")
     check = _add(verbs, "check", _data_check, "Read everything again, decode it, and name each bad shard and sample.")
     check.add_argument("uri", help="folder or URI with a manifest")
+    for verb in (pack, index, check):
+        _takes_label(verb)
     stats = _add(verbs, "stats", _data_stats, "Count shards, samples, bytes and classes.")
     stats.add_argument("uri", help="folder or URI with a manifest")
     preview = _add(verbs, "preview", _data_preview, "Draw the views of some images.")

@@ -39,7 +39,8 @@ def _check_range(key: str, value: tuple[float, float], low: float, high: float) 
     _check(ok, key, list(value), f"two increasing numbers above {low:g}" + (f", up to {high:g}" * math.isfinite(high)))
 
 
-def _check_label(key: str, value: str | None) -> None:
+def check_label(key: str, value: str | None) -> None:
+    """Raises UsageError where it is no label of Ray's nodes."""
     part = r"[A-Za-z0-9]([-\w.]*[A-Za-z0-9])?"
     ok = value is None or re.fullmatch(rf"({part}/)?{part}={part}", value, re.ASCII) is not None
     _check(ok, key, value, "KEY=VALUE, as ssl-ray/role=data, or null")
@@ -72,7 +73,7 @@ class Data:
         _check(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "0 or more")
         _check(self.cache_dir is None or "://" not in self.cache_dir, "data.cache_dir", self.cache_dir, "a local folder, or null")
         _check(self.cache_bytes >= 1, "data.cache_bytes", self.cache_bytes, "1 or more")
-        _check_label("data.label", self.label)
+        check_label("data.label", self.label)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,7 +235,7 @@ class Train:
             _check(ok, "train.workers", self.workers, "min of 1 or more, and max not below it")
         _check(self.most_workers() >= 0, "train.workers", self.workers, "0 or more")
         _check(1 <= self.stall_s < math.inf, "train.stall_s", self.stall_s, "1 or more")
-        _check_label("train.label", self.label)
+        check_label("train.label", self.label)
         if self.lanes is not None:
             ok = self.lanes >= 1 and self.batch % self.lanes == 0
             divisors = [n for n in range(1, math.isqrt(self.batch) + 1) if self.batch % n == 0]

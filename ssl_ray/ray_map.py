@@ -10,27 +10,32 @@ from typing import Any
 import numpy as np
 
 from ssl_ray import errors
+from ssl_ray.config import check_label
 from ssl_ray.each import Each
-from ssl_ray.errors import SslRayError
+from ssl_ray.errors import ResourceError, SslRayError
+from ssl_ray.train.capacity import selector
 from ssl_ray.train.cluster import is_local, ray_session
 
 
 @contextmanager
-def over_cluster(otherwise: Each) -> Iterator[Each]:
+def over_cluster(otherwise: Each, *, label: str | None) -> Iterator[Each]:
     """A `map` whose calls are tasks of the cluster that RAY_ADDRESS names, of a CPU each, with results in order.
 
-    otherwise: what to use where it names none.
+    otherwise: what to use where it names none.  label: of the nodes that the tasks may be on, KEY=VALUE; None: any.
     The function goes to each process once and may be large; with the items and results it must be picklable. A user error of
-    a call is raised here; a call whose process or machine dies is made again.
+    a call is raised here; a call whose process or machine dies is made again. Raises ResourceError where no node has that label.
     """
+    check_label("--label", label)
     if is_local():
         yield otherwise
         return
-    with ray_session():
-        yield _ray_map
+    with ray_session() as session:
+        if not any(node.cpus and node.has(label) for node in session.capacity.most):
+            raise ResourceError(f"--label {label}: the cluster has no node with CPUs and that label, nor may one be added.")
+        yield functools.partial(_ray_map, label=label)
 
 
-def _ray_map(call: Callable[[Any], Any], items: Sequence[Any]) -> Generator[Any]:
+def _ray_map(call: Callable[[Any], Any], items: Sequence[Any], *, label: str | None) -> Generator[Any]:
     import ray
     import ray.data
 
@@ -38,6 +43,7 @@ def _ray_map(call: Callable[[Any], Any], items: Sequence[Any]) -> Generator[Any]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = selector(label) or None
     called: Any = _called
     numbers = ray.data.range(len(items), override_num_blocks=len(items))
     tasks = numbers.map_batches(called, batch_size=None, num_cpus=1, fn_kwargs={"reference": ray.put((call, items))})

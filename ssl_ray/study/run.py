@@ -23,7 +23,7 @@ from ssl_ray.study.schema import Head, Planned, State, trial_uri
 from ssl_ray.study.search import Proposals
 from ssl_ray.study.spec import configured
 from ssl_ray.train import cluster, lease, pretrain
-from ssl_ray.train.capacity import ROUNDING, Capacity, Where, cpus_of, require_cpus, selector
+from ssl_ray.train.capacity import ROUNDING, Capacity, Where, cpus_of, gpus_of, require_cpus, selector
 from ssl_ray.train.runs import ask_to_stop as ask_run_to_stop
 from ssl_ray.train.runs import read_json
 from ssl_ray.train.trackers import Trackers, tracked
@@ -192,8 +192,8 @@ def alone(made: Config) -> bool:
 
 def concurrency(there: Capacity, configs: list[Config]) -> int:
     """So many trials at a time when the cluster is as large as it may become, each with the CPUs of its threads, or for each of
-    several workers as many again for its data; but one where there are parts of CPUs for it. Raises ResourceError where there
-    are not.
+    several workers as many again for its data, and where there are GPUs one for each worker; but one where there are parts of
+    CPUs for it. Raises ResourceError where there are not.
     """
     counts = []
     for made in configs:
@@ -201,7 +201,10 @@ def concurrency(there: Capacity, configs: list[Config]) -> int:
         threads = made.train.threads
         cpus = cpus_of(there.most, where)
         require_cpus(cpus, workers=made.train.workers, threads=threads, where=where, grown=bool(there.coming))
-        counts.append(cpus.count(threads, 0 if alone(made) else threads) / max(1, made.train.most_workers()))
+        workers = max(1, made.train.most_workers())
+        counts.append(cpus.count(threads, 0 if alone(made) else threads) / workers)
+        if gpus := gpus_of(there.most, made.train.label):
+            counts.append(gpus / workers)
     return max(1, int(min(counts) + ROUNDING))
 
 
@@ -228,11 +231,13 @@ def _tune(trials: Trials, keeper: "Keeper", *, asked: Any, progress: Progress, t
         missing = len(trials.todo) + trials.total - len(trials.states)
         progress("stage", {"text": f"{missing} trials to run, {at_a_time} at a time"})
         largest = max(node.cpus for node in session.capacity.most)
-        cpus = max(min(made.train.threads, largest) if alone(made) else WAITS_CPUS for made in configs)
+        needs = {"CPU": max(min(made.train.threads, largest) if alone(made) else WAITS_CPUS for made in configs)}
+        if alone(configs[0]) and gpus_of(session.capacity.most, configs[0].train.label):
+            needs["GPU"] = 1
         bundle: dict[str, Any] = {"bundle_label_selector": [selector(configs[0].train.label)]} if alone(configs[0]) else {}
         given = {"study": trials.uri, "trackers": dataclasses.asdict(trackers), "share": (1 - at_a_time * WAITS_CPUS) / at_a_time}
         tuner = tune.Tuner(
-            tune.with_resources(run_trial, tune.PlacementGroupFactory([{"CPU": cpus}], **bundle)),
+            tune.with_resources(run_trial, tune.PlacementGroupFactory([needs], **bundle)),
             param_space=given,
             tune_config=tune.TuneConfig(
                 search_alg=_in_turn(trials),

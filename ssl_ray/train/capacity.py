@@ -97,6 +97,11 @@ def cpus_of(nodes: Iterable[Node], where: Where) -> Cpus:
     return Cpus(train, data, both)
 
 
+def gpus_of(nodes: Iterable[Node], label: str | None) -> int:
+    """Of the nodes that are for workers."""
+    return int(sum(node.resources.get("GPU", 0.0) for node in nodes if node.has(label)))
+
+
 def require_cpus(cpus: Cpus, *, workers: int | Workers, threads: int, where: Where | None = None, grown: bool = False) -> None:
     """Raises ResourceError, saying what is missing and what to set, where half a CPU a worker is not there; where the number
     of workers may change, whole CPUs are counted, as many for data as to train, so that a new machine brings so many workers.

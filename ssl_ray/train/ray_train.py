@@ -32,7 +32,7 @@ from ssl_ray import plan, ray_stream, storage, stream
 from ssl_ray.config import Config, Workers
 from ssl_ray.errors import ResourceError, SslRayError, TrainingError
 from ssl_ray.train import logs, runs
-from ssl_ray.train.capacity import ROUNDING, Capacity, Node, Where, cpus_of, of_cluster, require_cpus, selector
+from ssl_ray.train.capacity import ROUNDING, Capacity, Node, Where, cpus_of, gpus_of, of_cluster, require_cpus, selector
 from ssl_ray.train.cluster import answers
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def plan_resources(config: Config, there: Capacity, *, share: float = 1.0) -> Re
     """Shares the CPUs out: half to the workers, the rest to their streams but for a read-out's part. A worker has `train.threads`
     CPUs, or less where there are too few, and its stream as many at least, so that a start needs no more where nodes come and go.
 
-    share: of the cluster, for this run.
+    share: of the CPUs, for this run.
     Raises ResourceError, saying what is missing and what to set, where half a CPU or a GPU a worker is not there, nor comes.
     """
     workers, threads = config.train.workers, float(config.train.threads)
@@ -84,10 +84,10 @@ def plan_resources(config: Config, there: Capacity, *, share: float = 1.0) -> Re
     elastic, fewest = isinstance(workers, Workers), config.train.fewest_workers()
     cpus = cpus_of(there.most, where) * share
     require_cpus(cpus, workers=workers, threads=config.train.threads, where=where, grown=bool(there.coming))
-    gpus = share * sum(node.resources.get("GPU", 0.0) for node in there.most if node.has(where.train))
+    gpus = gpus_of(there.most, where.train)
     if 0 < gpus < fewest:
         raise ResourceError(
-            f"{fewest} workers (train.workers) need a GPU each; the cluster has {gpus:g} free. Set train.workers={int(gpus)}."
+            f"{fewest} workers (train.workers) need a GPU each; the cluster has {gpus} free. Set train.workers={gpus}."
         )
     changes = elastic or bool(there.coming)
     worker, evaluate = threads, min(1.0, (cpus.data + cpus.both) / 8, threads / 4 if changes else math.inf)

@@ -2,9 +2,11 @@
 
 import pytest
 
-from ssl_ray.config import Workers
+from ssl_ray.config import Config, Workers, build
 from ssl_ray.errors import ResourceError
-from ssl_ray.train.capacity import GROUP, HEAD, Cpus, Node, Where, cpus_of, may_come, require_cpus
+from ssl_ray.study.run import concurrency
+from ssl_ray.train.capacity import GROUP, HEAD, Capacity, Cpus, Node, Where, cpus_of, may_come, require_cpus
+from ssl_ray.train.ray_train import plan_resources
 
 CONFIG = {
     "max_workers": 5,
@@ -62,3 +64,24 @@ def test_the_message_says_where_which_cpus_are_missing():
     assert "with all nodes that may be added. Set train.workers=4 or fewer" in str(caught.value)
     with pytest.raises(ResourceError, match="needs 4 free CPUs a worker"):
         require_cpus(Cpus(9, 1, 0), workers=Workers(min=1, max=2), threads=2)
+
+
+def on_gpus(workers: int) -> Config:
+    return build({}, [f"train.workers={workers}", "train.threads=1", "train.label=role=train", "data.label=role=data"])
+
+
+@pytest.mark.parametrize(("workers", "trials"), [(0, 5), (1, 5), (2, 2), (5, 1)])
+def test_trials_beside_one_another_have_a_gpu_for_each_worker(workers: int, trials: int):
+    grown = Capacity([], [*may_come(CONFIG | {"max_workers": 5}, []), Node({"CPU": 64.0}, {"role": "data"})])
+    config = on_gpus(workers)
+    assert concurrency(grown, [config]) == trials
+    if workers > 1:
+        planned = plan_resources(config, grown, share=0.99 / trials)
+        assert planned.per_worker["GPU"] == 1
+        assert planned.worker_cpus * workers * trials <= 10
+
+
+def test_more_workers_than_gpus_are_refused():
+    grown = Capacity([], [*may_come(CONFIG, []), Node({"CPU": 64.0}, {"role": "data"})])
+    with pytest.raises(ResourceError, match=r"6 workers \(train.workers\) need a GPU each; the cluster has 5 free."):
+        plan_resources(on_gpus(6), grown)

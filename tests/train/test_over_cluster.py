@@ -37,7 +37,7 @@ from ssl_ray.each import in_turn
 from ssl_ray.ray_map import over_cluster
 
 images, out = sys.argv[1:]
-with over_cluster(in_turn) as each:
+with over_cluster(in_turn, label=None) as each:
     assert each is not in_turn
     for source, name in ((images, "of-images"), ("digits", "of-arrays"), (f"{out}/of-images", "of-shards")):
         shards.pack(shards.open_source(source, each=each), f"{out}/{name}", seed=3, shard_bytes=100_000, each=each)
@@ -90,14 +90,29 @@ def test_an_evaluation_over_a_cluster_has_the_numbers_of_one_in_one_process(clus
     assert (tmp_path / "over.parquet").read_bytes() == (tmp_path / "alone.parquet").read_bytes()
 
 
+PLACED = """
+import ray
+from ssl_ray.each import in_turn
+from ssl_ray.ray_map import over_cluster
+
+with over_cluster(in_turn, label="name=second") as each:
+    used = set(each(lambda _: ray.get_runtime_context().get_node_id(), range(6)))
+    print(*(node["Labels"]["name"] for node in ray.nodes() if node["NodeID"] in used))
+"""
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_a_pack_goes_on_where_a_machine_dies(tmp_path):
+def test_a_pack_goes_on_where_a_machine_dies_and_keeps_to_the_label_it_is_given(tmp_path):
     images = write_images(tmp_path / "images", 6000)
     with several_nodes({}) as nodes:
         nodes.add("head", cpus=0)
         nodes.add("first", cpus=1)
         nodes.add("second", cpus=1)
+        placed = subprocess.run([sys.executable, "-c", PLACED], env=os.environ | nodes.env, capture_output=True, text=True)
+        assert placed.stdout == "second\n", placed.stderr
+        pack = ("data", "pack", "digits", str(tmp_path / "nowhere"), "--label", "name=third")
+        ssl_ray(nodes.env, *pack).refused(4, "--label name=third: the cluster has no node")
         driver = start("data", "pack", str(images), str(tmp_path / "set"), "--shard-mb", "0.0625", env=nodes.env)
         assert wait_until(lambda: len(list((tmp_path / "set").glob("*.tar"))) >= 5, driver, "five shards")
         nodes.kill("second")
