@@ -140,7 +140,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def _notes(folder: Path) -> dict[str, Any]:
-    """Of a cluster that was started in this folder, {} if none was."""
+    """Of a cluster that was started in this folder, {} if none was. Another user's would name processes of ours to be ended."""
+    if folder.exists() and folder.stat().st_uid != os.getuid():
+        raise SystemExit(f"{folder} belongs to another user. Choose another --folder.")
     try:
         return json.loads((folder / "started.json").read_text())
     except FileNotFoundError:
