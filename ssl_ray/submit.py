@@ -123,7 +123,8 @@ def connected(address: str) -> Any:
         ) from error
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address: got {address}, expected that of the dashboard, as http://127.0.0.1:8265.")
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):  # which have their own levels
+        logging.getLogger(name).setLevel(logging.ERROR)
     with errors_of(address):
         return JobSubmissionClient(address)
 
@@ -131,6 +132,7 @@ def connected(address: str) -> Any:
 @contextlib.contextmanager
 def errors_of(address: str) -> Any:
     """Ray's many ways to say that a cluster cannot be asked, as ResourceError."""
+    import aiohttp
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -141,7 +143,7 @@ def errors_of(address: str) -> Any:
     except AuthenticationError as error:
         text = str(error).partition("\n")[0]
         raise ResourceError(f"{address}: {text}\nSet RAY_AUTH_TOKEN_PATH to a file with the cluster's token.") from error
-    except (RuntimeError, ValueError, OSError, requests.RequestException) as error:
+    except (RuntimeError, ValueError, OSError, requests.RequestException, aiohttp.ClientError) as error:
         text = storage.one_line(error)[:300]
         raise ResourceError(f"{address}: {text}\nCheck that the cluster runs and the tunnel to its dashboard is open.") from error
 
@@ -183,26 +185,28 @@ def _submit_once(client: Any, name: str, entry: str, environment: dict[str, Any]
 
 def _followed(client: Any, name: str, address: str, write: Callable[[str], None]) -> dict[str, Any]:
     """Writes what the job prints until it ends; a connection that is lost is made anew."""
-    written = 0
+    import aiohttp
+
+    written = lost = 0
 
     async def tail() -> None:
-        nonlocal written
+        nonlocal written, lost
         seen = 0  # the whole log comes again with each connection
         async for text in client.tail_job_logs(name):
+            lost = 0
             fresh = text[max(0, written - seen) :]
             seen += len(text)
             written = max(written, seen)
             if fresh:
                 write(fresh)
 
-    lost = 0
     try:
         while True:
             try:
                 asyncio.run(tail())
                 info = client.get_job_info(name)
                 lost = 0
-            except (TimeoutError, RuntimeError, OSError) as error:
+            except (aiohttp.ClientError, RuntimeError, OSError) as error:
                 lost += 1
                 if lost == 10 * ATTEMPTS:
                     raise ResourceError(

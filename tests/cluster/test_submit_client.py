@@ -1,0 +1,198 @@
+"""What `submit` makes of the answers of a dashboard: over real connections, to a server that answers as Ray's does.
+
+That Ray's does answer so is tested in test_submit.py, on a cluster.
+"""
+
+import asyncio
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+from command import ssl_ray
+from harness import ROOT, finish, start, wait_until
+
+from ssl_ray import submit
+from ssl_ray.errors import ResourceError, UsageError
+
+LOG = "one\ntwo\nthree\n"
+OF_RAY = pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")
+"""What Ray gives aiohttp when it follows a log in this process."""
+RUN = ["pretrain", "run=s3://bucket/runs/a", "train.workers=2", "seed=1"]
+
+
+class Dashboard:
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict] = {}
+        self.packages: dict[str, bytes] = {}
+        self.submissions = 0
+        self.tails: list[str] = []
+        """What befalls the next connections to a log: 502, closed without an answer, cut within the log; then all is well."""
+        self.overtaken_by: str | None = None
+        """The command of another client whose job is there just before the next one is submitted."""
+        self.is_silent = False
+        """Submissions get no answer."""
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def end_all(self) -> None:
+        for job in self.jobs.values():
+            job["status"] = "SUCCEEDED"
+
+    async def start(self) -> web.AppRunner:
+        app = web.Application(client_max_size=2**27)
+        app.add_routes(
+            [
+                web.get("/api/version", self._version),
+                web.get("/api/jobs/", self._list),
+                web.post("/api/jobs/", self._submit),
+                web.get("/api/jobs/{name}", self._job),
+                web.get("/api/jobs/{name}/logs/tail", self._tail),
+                web.get("/api/packages/gcs/{name}", self._package),
+                web.put("/api/packages/gcs/{name}", self._upload),
+            ]
+        )
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.port = runner.addresses[0][1]
+        return runner
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "4", "ray_version": importlib.metadata.version("ray")})
+
+    async def _list(self, request: web.Request) -> web.Response:
+        return web.json_response(list(self.jobs.values()))
+
+    async def _job(self, request: web.Request) -> web.Response:
+        return web.json_response(self.jobs[request.match_info["name"]])
+
+    async def _submit(self, request: web.Request) -> web.Response:
+        asked = await request.json()
+        self.submissions += 1
+        if self.is_silent:
+            await asyncio.sleep(600)
+        if self.overtaken_by is not None:
+            self._add({**asked, "entrypoint": self.overtaken_by})
+            self.overtaken_by = None
+        name = asked["submission_id"]
+        if name in self.jobs:  # the agent says 400, of which the head makes this
+            text = f"RuntimeError: Request failed with status code 400: ValueError: Job with submission_id {name} already exists."
+            return web.Response(status=500, text=text)
+        self._add(asked)
+        return web.json_response({"job_id": name, "submission_id": name})
+
+    def _add(self, asked: dict) -> None:
+        shown = {key: asked[key] for key in ("submission_id", "entrypoint", "runtime_env")}
+        self.jobs[asked["submission_id"]] = {"type": "SUBMISSION", "status": "RUNNING", **shown}
+
+    async def _tail(self, request: web.Request) -> web.StreamResponse:
+        fault = self.tails.pop(0) if self.tails else None
+        assert request.transport is not None
+        if fault == "502":
+            return web.Response(status=502)
+        if fault == "closed":
+            request.transport.close()
+            return web.Response()
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        if fault == "cut":
+            await socket.send_str(LOG[:6])
+            request.transport.close()
+            return socket
+        await socket.send_str(LOG[:4])
+        await socket.send_str(LOG[4:])
+        self.jobs[request.match_info["name"]]["status"] = "SUCCEEDED"
+        await socket.close()
+        return socket
+
+    async def _package(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if request.match_info["name"] in self.packages else 404)
+
+    async def _upload(self, request: web.Request) -> web.Response:
+        self.packages[request.match_info["name"]] = await request.read()
+        return web.Response()
+
+
+@pytest.fixture
+def dashboard(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # no token of whoever runs the tests
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    level = logging.getLogger("ray").level
+    made, loop = Dashboard(), asyncio.new_event_loop()
+    runner = loop.run_until_complete(made.start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield made
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+        logging.getLogger("ray").setLevel(level)
+
+
+def submitted(dashboard: Dashboard, command: list[str], folder: Path | None = None, *, follow: bool = False) -> str:
+    """What is said, and what the job prints."""
+    said: list[str] = []
+    where = None if folder is None else str(folder)
+    submit.submit(
+        command,
+        address=dashboard.address,
+        working_dir=where,
+        uv=False,
+        follow=follow,
+        show=lambda text: said.append(f"{text}\n"),
+        write=said.append,
+    )
+    return "".join(said)
+
+
+def name_in(said: str) -> str:
+    return next(word for word in said.split() if word.startswith("ssl-ray-"))
+
+
+def test_a_connection_that_is_lost_is_made_anew_and_every_line_comes_once(dashboard):
+    dashboard.tails = ["502", "closed", "cut", "502"]
+    done = ssl_ray({}, "submit", *RUN, "--address", dashboard.address, "--json").ok()
+    assert done.json["status"] == "SUCCEEDED"
+    assert done.err.endswith(LOG)
+    assert done.err.count("one\n") == 1
+    assert dashboard.tails == []
+
+
+@OF_RAY
+def test_a_connection_that_is_lost_for_good_is_an_error_that_names_the_job(dashboard, monkeypatch):
+    monkeypatch.setattr(submit, "POLL_S", 0)
+    dashboard.tails = ["502", "closed"] * 100
+    with pytest.raises(ResourceError, match=r"cannot be reached any more .*\n.*\n.*ray job stop .* ssl-ray-pretrain-"):
+        submitted(dashboard, RUN, follow=True)
+
+
+@OF_RAY
+def test_one_that_is_lost_now_and_then_is_never_given_up(dashboard, monkeypatch):
+    monkeypatch.setattr(submit, "POLL_S", 0)
+    dashboard.tails = ["cut"] * 100
+    assert submitted(dashboard, RUN, follow=True).endswith(f"\n{LOG}")
+
+
+@pytest.mark.parametrize("error", [aiohttp.ServerDisconnectedError(), aiohttp.ClientPayloadError("cut")])
+def test_what_aiohttp_says_of_a_connection_is_an_error_of_ours(error):
+    with pytest.raises(ResourceError, match="http://there"), submit.errors_of("http://there"):
+        raise error
