@@ -77,7 +77,7 @@ def use_token() -> None:
 
 
 def packed(folder: str, *, uv: bool) -> dict[str, int]:
-    """The files that would be uploaded, and their bytes: Ray leaves out what .rayignore and .gitignore name.
+    """The files that would be uploaded, and their bytes: Ray leaves out .git, environments, what .rayignore and .gitignore name.
 
     Raises UsageError if there is no such folder, they are too many bytes, or uv lacks its files.
     """
@@ -95,7 +95,8 @@ def packed(folder: str, *, uv: bool) -> dict[str, int]:
         if path.is_file():
             found[os.fspath(path.relative_to(at.absolute()))] = path.stat().st_size
 
-    packaging._dir_travel(at.absolute(), [], count, include_gitignore=True)
+    names, is_gitignore_heeded = _left_out()
+    packaging._dir_travel(at.absolute(), [packaging._get_excludes(at, names)], count, include_gitignore=is_gitignore_heeded)
     total = sum(found.values())
     if total > MOST_MIB * 2**20:
         largest = sorted(found, key=lambda name: -found[name])[:LARGEST]
@@ -105,6 +106,14 @@ def packed(folder: str, *, uv: bool) -> dict[str, int]:
             + ".\nName what the job does not need in .rayignore, as in .gitignore, and keep data in an object store."
         )
     return found
+
+
+def _left_out() -> tuple[list[str], bool]:
+    """What Ray leaves out of each folder by default, and whether it heeds .gitignore; variables of Ray change both."""
+    from ray._private import ray_constants
+
+    is_gitignore_heeded = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    return ray_constants.get_runtime_env_default_excludes(), is_gitignore_heeded
 
 
 def _mib(size: int) -> str:

@@ -196,3 +196,21 @@ def test_one_that_is_lost_now_and_then_is_never_given_up(dashboard, monkeypatch)
 def test_what_aiohttp_says_of_a_connection_is_an_error_of_ours(error):
     with pytest.raises(ResourceError, match="http://there"), submit.errors_of("http://there"):
         raise error
+
+
+def test_what_is_counted_is_what_ray_uploads(dashboard, tmp_path, monkeypatch):
+    for name in (".git/objects", ".venv", "venv", "deep/__pycache__", "ignored", "kept"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_bytes(b"x")
+    os.truncate(tmp_path / ".git" / "objects" / "file", 101 * 2**20)
+    (tmp_path / ".gitignore").write_text("ignored\n")
+    assert sorted(submit.packed(str(tmp_path), uv=False)) == [".gitignore", "kept/file"]
+    assert f"uploading {tmp_path}: 2 files, 0.0 MiB\n" in submitted(dashboard, RUN, tmp_path)
+    (uploaded,) = dashboard.packages.values()
+    files = [name for name in zipfile.ZipFile(io.BytesIO(uploaded)).namelist() if not name.endswith("/")]
+    assert sorted(files) == [".gitignore", "kept/file"]
+    monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
+    assert "ignored/file" in submit.packed(str(tmp_path), uv=False)
+    monkeypatch.setenv("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
+    with pytest.raises(UsageError, match=r"101.0 MiB.*\.git/objects/file"):
+        submit.packed(str(tmp_path), uv=False)
