@@ -1,7 +1,8 @@
 """A verb of ssl-ray as a job of a cluster: packed, submitted once, followed to its end.
 
-A job's name follows from what is submitted, and a number: Ray takes no name twice. So an answer that was lost starts nothing
-twice, a client that was away comes back to its job, and the same line submitted after its end goes on with the run.
+A job's name follows from the run, or from the command where it names none, and a number: Ray takes no name twice. So an answer
+that was lost starts nothing twice, a client that was away comes back to its job, a run gets no second driver by another line,
+and what is submitted after its end goes on with the run.
 """
 
 import asyncio
@@ -44,25 +45,22 @@ def submit(
     uv: make the environment with uv from pyproject.toml and uv.lock of that folder.
     show: told what happens here.  write: given what the job prints.
     Returns submission_id, status and exit_code of the job, which are None where it is not followed.
-    Raises UsageError for files that cannot be packed, ResourceError where the cluster cannot be reached or asked, Stopped
-    on Ctrl-C: the job goes on.
+    Raises UsageError for files that cannot be packed, ResourceError where the cluster cannot be reached or asked, or runs the
+    job with another command or other files, Stopped on Ctrl-C: the job goes on.
     """
     use_token()
     files = None if working_dir is None else packed(working_dir, uv=uv)
-    if files is not None:
-        show(f"uploading {working_dir}: {len(files)} files, {_mib(sum(files.values()))} MiB")
     client = connected(address)
     entry = shlex.join([*(["uv", "run", "--frozen"] if uv else []), "python", "-m", "ssl_ray", *command])
     with errors_of(address):
         name, is_there = _name(client, command)
+        if not is_there:
+            if files is not None:
+                show(f"uploading {working_dir}: {len(files)} files, {_mib(sum(files.values()))} MiB")
+            is_there = not _submit_once(client, name, entry, working_dir)
         if is_there:
-            show(f"{name} runs already")
-        else:
-            environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
-            if working_dir is not None:
-                environment["working_dir"] = working_dir
-            _submit_once(client, name, entry, environment)
-            show(f"{name} submitted: {entry}")
+            _require_same(client.get_job_info(name), entry, working_dir, address)
+        show(f"{name} runs already" if is_there else f"{name} submitted: {entry}")
         if not follow:
             show(_how_to(name, address))
             return {"submission_id": name, "status": None, "exit_code": None}
@@ -116,6 +114,14 @@ def _left_out() -> tuple[list[str], bool]:
     return ray_constants.get_runtime_env_default_excludes(), is_gitignore_heeded
 
 
+def _package(folder: str) -> str:
+    """Where Ray keeps these files: the name is a digest of them, and stands in the runtime environment of their job."""
+    from ray._private.runtime_env import packaging
+
+    names, is_gitignore_heeded = _left_out()
+    return packaging.get_uri_for_directory(folder, is_gitignore_heeded, excludes=names)
+
+
 def _mib(size: int) -> str:
     return f"{size / 2**20:.1f}"
 
@@ -159,7 +165,7 @@ def errors_of(address: str) -> Any:
 
 def _name(client: Any, command: list[str]) -> tuple[str, bool]:
     """The name of the job, and whether it runs already."""
-    first = f"ssl-ray-{command[0]}-{config.canonical_hash({'command': command})[:10]}"
+    first = f"ssl-ray-{command[0]}-{config.canonical_hash(_subject(command))[:10]}"
     numbers = {}
     for job in client.list_jobs():
         head, _, number = (job.submission_id or "").rpartition("-")
@@ -171,9 +177,51 @@ def _name(client: Any, command: list[str]) -> tuple[str, bool]:
     return f"{first}-{newest + 1}", False
 
 
-def _submit_once(client: Any, name: str, entry: str, environment: dict[str, Any]) -> None:
-    """Submits it, again where the answer is lost; that it is there by then is as good as an answer."""
+def _subject(command: list[str]) -> dict[str, Any]:
+    """What there is to be one job of at a time: the run that a pretraining names, else the command."""
+    places = [word for word in command if word.removeprefix("--").startswith("run=")]
+    run = config.build({}, places).run if command[0] == "pretrain" else None
+    if run is None:
+        return {"command": _sorted(command)}
+    # A relative path is one of the job's, wherever the client is.
+    return {"run": os.path.normpath(run.removeprefix("file://")) if storage.is_local(run) else run.rstrip("/")}
+
+
+def _sorted(command: list[str]) -> list[str]:
+    """A command whose keys have an order of their own: only among values of the same key does it matter, the last one counts."""
+    keys = sorted((word.removeprefix("--") for word in command if "=" in word), key=lambda word: word.partition("=")[0])
+    return [word for word in command if "=" not in word] + keys
+
+
+def _require_same(job: Any, entry: str, working_dir: str | None, address: str) -> None:
+    """Raises ResourceError if the job that runs has another command, or other files, than would be submitted now."""
+    other = []
+    if (job.runtime_env or {}).get("working_dir") != (None if working_dir is None else _package(working_dir)):
+        other.append("other files of --working-dir")
+    if _sorted(shlex.split(job.entrypoint)) != _sorted(shlex.split(entry)):
+        other.append(f"another command: {job.entrypoint}")
+    if other:
+        raise ResourceError(
+            f"{job.submission_id} runs already, with {' and '.join(other)}\n{_with_ray(job.submission_id, address)}"
+        )
+
+
+def _submit_once(client: Any, name: str, entry: str, working_dir: str | None) -> bool:
+    """Submits it, again where the answer is lost. False: it was there, from another client or by such an answer."""
     import tenacity
+
+    environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
+    if working_dir is not None:
+        environment["working_dir"] = working_dir
+
+    def submitted() -> bool:
+        try:
+            client.submit_job(entrypoint=entry, submission_id=name, runtime_env=environment)
+        except RuntimeError as error:
+            if name in str(error) and "already exists" in str(error):
+                return False
+            raise
+        return True
 
     retrying = tenacity.Retrying(
         # Those of requests are OSErrors; a head that has just begun has no agent yet to run a job (status 500).
@@ -182,14 +230,7 @@ def _submit_once(client: Any, name: str, entry: str, environment: dict[str, Any]
         wait=tenacity.wait_exponential(max=10),
         reraise=True,
     )
-    for attempt in retrying:
-        with attempt:
-            try:
-                client.submit_job(entrypoint=entry, submission_id=name, runtime_env=environment)
-            except Exception as error:
-                is_first = attempt.retry_state.attempt_number == 1
-                if is_first or name not in str(error) or "already exists" not in str(error):
-                    raise
+    return retrying(submitted)
 
 
 def _followed(client: Any, name: str, address: str, write: Callable[[str], None]) -> dict[str, Any]:
@@ -234,5 +275,13 @@ def _followed(client: Any, name: str, address: str, write: Callable[[str], None]
 
 
 def _how_to(name: str, address: str) -> str:
-    at = f"--address {address} {name}"
-    return f"The same command follows it again.\nOr: ray job logs --follow {at}; to stop it, with a checkpoint: ray job stop {at}"
+    return f"The same command follows it again.\n{_with_ray(name, address)}"
+
+
+def _with_ray(name: str, address: str) -> str:
+    logs, stop = _ray_job("logs --follow", name, address), _ray_job("stop", name, address)
+    return f"To see what it prints: {logs}; to stop it, with a checkpoint: {stop}"
+
+
+def _ray_job(verb: str, name: str, address: str) -> str:
+    return f"ray job {verb} --address {address} {name}"

@@ -86,8 +86,11 @@ def test_ctrl_c_leaves_the_job_and_the_same_line_finds_it_again(client, tmp_path
     assert "goes on" in err
     name = next(word for word in err.split() if word.startswith("ssl-ray-pretrain-"))
     seen = newest_step(run)
-    second = start(*line, env=client)
+    second = start(*line[:2], *reversed(line[2:]), env=client)
     assert wait_until(lambda: newest_step(run) > seen + 10, second, "ten more steps")
+    submit(client, *line[1:], "train.workers=0").refused(
+        4, f"{name} runs already", "train.workers=1", f"ray job stop --address {client['RAY_API_SERVER_ADDRESS']} {name}"
+    )
     ray_job(client, "stop", name)
     code, _, err = finish(second)
     assert code == 130, err
@@ -111,6 +114,34 @@ def test_a_job_of_ray_job_submit_leaves_a_checkpoint_too(client, tmp_path: Path)
     until_step(1, tmp_path / "run", client, name)
     ray_job(client, "stop", name)
     assert_stopped_with_a_checkpoint(tmp_path / "run")
+
+
+@long
+@pytest.mark.timeout(600)
+def test_files_that_were_changed_while_their_job_runs_are_refused(client, tmp_path: Path):
+    folder, recipe = tmp_path / "mine", tmp_path / "mine" / "small.yaml"
+    folder.mkdir()
+    recipe.write_text("train: {steps: 100000, workers: 0}\n")
+    line = [
+        "pretrain",
+        "-c",
+        str(recipe),
+        f"run={tmp_path / 'run'}",
+        *KEYS,
+        "--working-dir",
+        str(folder),
+        "--no-follow",
+        "--json",
+    ]
+    first = submit(client, *line).ok()
+    name = first.json["submission_id"]
+    assert "uploading" in first.err
+    again = submit(client, *line).ok()
+    assert again.err.startswith(f"{name} runs already\n")
+    recipe.write_text("train: {steps: 100001, workers: 0}\n")
+    submit(client, *line).refused(4, f"{name} runs already, with other files of --working-dir\n")
+    until_step(0, tmp_path / "run", client, name)
+    ray_job(client, "stop", name)
 
 
 @long

@@ -214,3 +214,69 @@ def test_what_is_counted_is_what_ray_uploads(dashboard, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
     with pytest.raises(UsageError, match=r"101.0 MiB.*\.git/objects/file"):
         submit.packed(str(tmp_path), uv=False)
+
+
+def test_the_same_run_has_one_job_at_a_time_whatever_the_line(dashboard):
+    name = name_in(submitted(dashboard, RUN))
+    verb, run, workers, seed = RUN
+    assert submitted(dashboard, [verb, seed, f"--{run}", workers]).startswith(f"{name} runs already\n")
+    for other in ([verb, run, "train.workers=1", seed], [verb, f"{run}/", workers, seed]):
+        with pytest.raises(ResourceError) as refused:
+            submitted(dashboard, other)
+        said = f"{name} runs already, with another command: python -m ssl_ray {' '.join(RUN)}\n"
+        assert str(refused.value).startswith(said)
+        assert f"ray job stop --address {dashboard.address} {name}" in str(refused.value)
+    assert dashboard.submissions == 1
+    dashboard.end_all()
+    assert name_in(submitted(dashboard, [verb, run, "train.workers=1", seed])) == f"{name[:-1]}2"
+    assert name_in(submitted(dashboard, [verb, "run=s3://bucket/runs/b", workers, seed]))[:-1] != name[:-1]
+
+
+def test_without_a_run_the_order_of_keys_makes_no_other_job_but_that_of_places_does(dashboard):
+    name = name_in(submitted(dashboard, ["pretrain", "-c", "digits", "seed=1", "views.count=4"]))
+    assert f"{name} runs already" in submitted(dashboard, ["pretrain", "views.count=4", "-c", "digits", "seed=1"])
+    assert name_in(submitted(dashboard, ["pretrain", "-c", "digits", "seed=1", "seed=2"])) != name_in(
+        submitted(dashboard, ["pretrain", "-c", "digits", "seed=2", "seed=1"])
+    )
+    assert name_in(submitted(dashboard, ["data", "pack", "a", "b"])) != name_in(submitted(dashboard, ["data", "pack", "b", "a"]))
+    a, b = (["pretrain", "-c", "s3://bucket/runs/a", "run=null", seed] for seed in ("seed=1", "seed=2"))
+    assert name_in(submitted(dashboard, a)) != name_in(submitted(dashboard, b))
+
+
+def test_a_folder_that_was_changed_while_its_job_runs_is_refused_and_uploaded_by_the_next(dashboard, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("seed: 1\n")
+    line = [*RUN, "-c", "mine.yaml"]
+    name = name_in(submitted(dashboard, line, tmp_path).partition("\n")[2])
+    again = submitted(dashboard, line, tmp_path)
+    assert again.startswith(f"{name} runs already\n")  # and nothing is uploaded
+    recipe.write_text("seed: 2\n")
+    for folder in (tmp_path, None):
+        with pytest.raises(ResourceError, match=f"{name} runs already, with other files of --working-dir\n.*ray job stop"):
+            submitted(dashboard, line, folder)
+    assert len(dashboard.packages) == 1
+    dashboard.end_all()
+    assert f"{name[:-1]}2 submitted" in submitted(dashboard, line, tmp_path)
+    assert len(dashboard.packages) == 2
+
+
+def test_of_two_clients_at_once_the_second_finds_the_job_of_the_first(dashboard):
+    dashboard.overtaken_by = f"python -m ssl_ray {' '.join(RUN)}"
+    assert "-1 runs already\n" in submitted(dashboard, RUN)
+    assert dashboard.submissions == 1
+    dashboard.end_all()
+    dashboard.overtaken_by = f"python -m ssl_ray {' '.join(RUN)} loss.beta=.1"
+    with pytest.raises(ResourceError, match=r"-2 runs already, with another command: .* loss.beta=.1\n"):
+        submitted(dashboard, RUN)
+
+
+@pytest.mark.parametrize("job", ["pretrain", "evaluate", "pack", "study"])
+def test_the_line_at_the_head_of_a_job_is_one_of_the_shell(job):
+    text = (ROOT / "jobs" / f"{job}.py").read_text()
+    line = text.partition('"""')[2].partition("\n\n")[0]
+    printed = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True).stdout
+    words = printed.splitlines()
+    assert json.loads(words[words.index("--runtime-env-json") + 1]) == {
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(submit.STOP_S)}
+    }
+    assert f"jobs/{job}.py" in words
