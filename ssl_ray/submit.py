@@ -57,7 +57,7 @@ def submit(
         if not is_there:
             if files is not None:
                 show(f"uploading {working_dir}: {len(files)} files, {_mib(sum(files.values()))} MiB")
-            is_there = not _submit_once(client, name, entry, working_dir)
+            is_there = not _submit_once(client, name, entry, working_dir, address)
         if is_there:
             _require_same(client.get_job_info(name), entry, working_dir, address)
         show(f"{name} runs already" if is_there else f"{name} submitted: {entry}")
@@ -206,7 +206,7 @@ def _require_same(job: Any, entry: str, working_dir: str | None, address: str) -
         )
 
 
-def _submit_once(client: Any, name: str, entry: str, working_dir: str | None) -> bool:
+def _submit_once(client: Any, name: str, entry: str, working_dir: str | None, address: str) -> bool:
     """Submits it, again where the answer is lost. False: it was there, from another client or by such an answer."""
     import tenacity
 
@@ -230,7 +230,13 @@ def _submit_once(client: Any, name: str, entry: str, working_dir: str | None) ->
         wait=tenacity.wait_exponential(max=10),
         reraise=True,
     )
-    return retrying(submitted)
+    try:
+        return retrying(submitted)
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"left while {name} was being submitted, so that it may run or not. The same command finds it, or submits it.\n"
+            f"To see: {_ray_job('status', name, address)}"
+        ) from None
 
 
 def _followed(client: Any, name: str, address: str, write: Callable[[str], None]) -> dict[str, Any]:
@@ -284,4 +290,6 @@ def _with_ray(name: str, address: str) -> str:
 
 
 def _ray_job(verb: str, name: str, address: str) -> str:
-    return f"ray job {verb} --address {address} {name}"
+    """A command of Ray, for whoever has the token but never told Ray to use it, too."""
+    mode = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    return f"{mode}ray job {verb} --address {address} {name}"

@@ -270,6 +270,27 @@ def test_of_two_clients_at_once_the_second_finds_the_job_of_the_first(dashboard)
         submitted(dashboard, RUN)
 
 
+def test_ctrl_c_before_the_answer_says_that_the_job_may_run(dashboard):
+    dashboard.is_silent = True
+    left = start("submit", *RUN, "--address", dashboard.address)
+    assert wait_until(lambda: dashboard.submissions == 1, left, "a submission")
+    left.send_signal(signal.SIGINT)
+    code, _, err = finish(left)
+    assert code == 130
+    assert "may run or not" in err
+    assert f"ray job status --address {dashboard.address} ssl-ray-pretrain-" in err
+
+
+def test_commands_of_ray_that_are_told_use_the_token_that_was_found(dashboard):
+    home = Path(os.environ["HOME"])
+    line = ["submit", *RUN, "--address", dashboard.address, "--no-follow"]
+    assert " ray job stop" in ssl_ray({}, *line).ok().err
+    assert "RAY_AUTH_MODE" not in ssl_ray({}, *line).ok().err
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("0" * 64)
+    assert "RAY_AUTH_MODE=token ray job stop" in ssl_ray({}, *line).ok().err
+
+
 @pytest.mark.parametrize("job", ["pretrain", "evaluate", "pack", "study"])
 def test_the_line_at_the_head_of_a_job_is_one_of_the_shell(job):
     text = (ROOT / "jobs" / f"{job}.py").read_text()
