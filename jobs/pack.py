@@ -1,4 +1,8 @@
-"""ray job submit --working-dir . -- python jobs/pack.py /data/images s3://BUCKET/train"""
+r"""ray job submit --working-dir . --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}' \
+  -- python jobs/pack.py /data/images s3://BUCKET/train
+
+By default Ray kills a job 3 s after `ray job stop`.
+"""
 
 import sys
 

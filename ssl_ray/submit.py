@@ -1,7 +1,8 @@
 """A verb of ssl-ray as a job of a cluster: packed, submitted once, followed to its end.
 
-A job's name follows from what is submitted, and a number: Ray takes no name twice. So an answer that was lost starts nothing
-twice, a client that was away comes back to its job, and the same line submitted after its end goes on with the run.
+A job's name follows from the run, or from the command where it names none, and a number: Ray takes no name twice. So an answer
+that was lost starts nothing twice, a client that was away comes back to its job, a run gets no second driver by another line,
+and what is submitted after its end goes on with the run.
 """
 
 import asyncio
@@ -44,25 +45,22 @@ def submit(
     uv: make the environment with uv from pyproject.toml and uv.lock of that folder.
     show: told what happens here.  write: given what the job prints.
     Returns submission_id, status and exit_code of the job, which are None where it is not followed.
-    Raises UsageError for files that cannot be packed, ResourceError where the cluster cannot be reached or asked, Stopped
-    on Ctrl-C: the job goes on.
+    Raises UsageError for files that cannot be packed, ResourceError where the cluster cannot be reached or asked, or runs the
+    job with another command or other files, Stopped on Ctrl-C: the job goes on.
     """
     use_token()
     files = None if working_dir is None else packed(working_dir, uv=uv)
-    if files is not None:
-        show(f"uploading {working_dir}: {len(files)} files, {_mib(sum(files.values()))} MiB")
     client = connected(address)
     entry = shlex.join([*(["uv", "run", "--frozen"] if uv else []), "python", "-m", "ssl_ray", *command])
     with errors_of(address):
         name, is_there = _name(client, command)
+        if not is_there:
+            if files is not None:
+                show(f"uploading {working_dir}: {len(files)} files, {_mib(sum(files.values()))} MiB")
+            is_there = not _submit_once(client, name, entry, working_dir, address)
         if is_there:
-            show(f"{name} runs already")
-        else:
-            environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
-            if working_dir is not None:
-                environment["working_dir"] = working_dir
-            _submit_once(client, name, entry, environment)
-            show(f"{name} submitted: {entry}")
+            _require_same(client.get_job_info(name), entry, working_dir, address)
+        show(f"{name} runs already" if is_there else f"{name} submitted: {entry}")
         if not follow:
             show(_how_to(name, address))
             return {"submission_id": name, "status": None, "exit_code": None}
@@ -77,7 +75,7 @@ def use_token() -> None:
 
 
 def packed(folder: str, *, uv: bool) -> dict[str, int]:
-    """The files that would be uploaded, and their bytes: Ray leaves out what .rayignore and .gitignore name.
+    """The files that would be uploaded, and their bytes: Ray leaves out .git, environments, what .rayignore and .gitignore name.
 
     Raises UsageError if there is no such folder, they are too many bytes, or uv lacks its files.
     """
@@ -95,7 +93,8 @@ def packed(folder: str, *, uv: bool) -> dict[str, int]:
         if path.is_file():
             found[os.fspath(path.relative_to(at.absolute()))] = path.stat().st_size
 
-    packaging._dir_travel(at.absolute(), [], count, include_gitignore=True)
+    names, is_gitignore_heeded = _left_out()
+    packaging._dir_travel(at.absolute(), [packaging._get_excludes(at, names)], count, include_gitignore=is_gitignore_heeded)
     total = sum(found.values())
     if total > MOST_MIB * 2**20:
         largest = sorted(found, key=lambda name: -found[name])[:LARGEST]
@@ -105,6 +104,22 @@ def packed(folder: str, *, uv: bool) -> dict[str, int]:
             + ".\nName what the job does not need in .rayignore, as in .gitignore, and keep data in an object store."
         )
     return found
+
+
+def _left_out() -> tuple[list[str], bool]:
+    """What Ray leaves out of each folder by default, and whether it heeds .gitignore; variables of Ray change both."""
+    from ray._private import ray_constants
+
+    is_gitignore_heeded = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    return ray_constants.get_runtime_env_default_excludes(), is_gitignore_heeded
+
+
+def _package(folder: str) -> str:
+    """Where Ray keeps these files: the name is a digest of them, and stands in the runtime environment of their job."""
+    from ray._private.runtime_env import packaging
+
+    names, is_gitignore_heeded = _left_out()
+    return packaging.get_uri_for_directory(folder, is_gitignore_heeded, excludes=names)
 
 
 def _mib(size: int) -> str:
@@ -123,7 +138,8 @@ def connected(address: str) -> Any:
         ) from error
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address: got {address}, expected that of the dashboard, as http://127.0.0.1:8265.")
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):  # which have their own levels
+        logging.getLogger(name).setLevel(logging.ERROR)
     with errors_of(address):
         return JobSubmissionClient(address)
 
@@ -131,6 +147,7 @@ def connected(address: str) -> Any:
 @contextlib.contextmanager
 def errors_of(address: str) -> Any:
     """Ray's many ways to say that a cluster cannot be asked, as ResourceError."""
+    import aiohttp
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -141,14 +158,14 @@ def errors_of(address: str) -> Any:
     except AuthenticationError as error:
         text = str(error).partition("\n")[0]
         raise ResourceError(f"{address}: {text}\nSet RAY_AUTH_TOKEN_PATH to a file with the cluster's token.") from error
-    except (RuntimeError, ValueError, OSError, requests.RequestException) as error:
+    except (RuntimeError, ValueError, OSError, requests.RequestException, aiohttp.ClientError) as error:
         text = storage.one_line(error)[:300]
         raise ResourceError(f"{address}: {text}\nCheck that the cluster runs and the tunnel to its dashboard is open.") from error
 
 
 def _name(client: Any, command: list[str]) -> tuple[str, bool]:
     """The name of the job, and whether it runs already."""
-    first = f"ssl-ray-{command[0]}-{config.canonical_hash({'command': command})[:10]}"
+    first = f"ssl-ray-{command[0]}-{config.canonical_hash(_subject(command))[:10]}"
     numbers = {}
     for job in client.list_jobs():
         head, _, number = (job.submission_id or "").rpartition("-")
@@ -160,9 +177,51 @@ def _name(client: Any, command: list[str]) -> tuple[str, bool]:
     return f"{first}-{newest + 1}", False
 
 
-def _submit_once(client: Any, name: str, entry: str, environment: dict[str, Any]) -> None:
-    """Submits it, again where the answer is lost; that it is there by then is as good as an answer."""
+def _subject(command: list[str]) -> dict[str, Any]:
+    """What there is to be one job of at a time: the run that a pretraining names, else the command."""
+    places = [word for word in command if word.removeprefix("--").startswith("run=")]
+    run = config.build({}, places).run if command[0] == "pretrain" else None
+    if run is None:
+        return {"command": _sorted(command)}
+    # A relative path is one of the job's, wherever the client is.
+    return {"run": os.path.normpath(run.removeprefix("file://")) if storage.is_local(run) else run.rstrip("/")}
+
+
+def _sorted(command: list[str]) -> list[str]:
+    """A command whose keys have an order of their own: only among values of the same key does it matter, the last one counts."""
+    keys = sorted((word.removeprefix("--") for word in command if "=" in word), key=lambda word: word.partition("=")[0])
+    return [word for word in command if "=" not in word] + keys
+
+
+def _require_same(job: Any, entry: str, working_dir: str | None, address: str) -> None:
+    """Raises ResourceError if the job that runs has another command, or other files, than would be submitted now."""
+    other = []
+    if (job.runtime_env or {}).get("working_dir") != (None if working_dir is None else _package(working_dir)):
+        other.append("other files of --working-dir")
+    if _sorted(shlex.split(job.entrypoint)) != _sorted(shlex.split(entry)):
+        other.append(f"another command: {job.entrypoint}")
+    if other:
+        raise ResourceError(
+            f"{job.submission_id} runs already, with {' and '.join(other)}\n{_with_ray(job.submission_id, address)}"
+        )
+
+
+def _submit_once(client: Any, name: str, entry: str, working_dir: str | None, address: str) -> bool:
+    """Submits it, again where the answer is lost. False: it was there, from another client or by such an answer."""
     import tenacity
+
+    environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
+    if working_dir is not None:
+        environment["working_dir"] = working_dir
+
+    def submitted() -> bool:
+        try:
+            client.submit_job(entrypoint=entry, submission_id=name, runtime_env=environment)
+        except RuntimeError as error:
+            if name in str(error) and "already exists" in str(error):
+                return False
+            raise
+        return True
 
     retrying = tenacity.Retrying(
         # Those of requests are OSErrors; a head that has just begun has no agent yet to run a job (status 500).
@@ -171,38 +230,39 @@ def _submit_once(client: Any, name: str, entry: str, environment: dict[str, Any]
         wait=tenacity.wait_exponential(max=10),
         reraise=True,
     )
-    for attempt in retrying:
-        with attempt:
-            try:
-                client.submit_job(entrypoint=entry, submission_id=name, runtime_env=environment)
-            except Exception as error:
-                is_first = attempt.retry_state.attempt_number == 1
-                if is_first or name not in str(error) or "already exists" not in str(error):
-                    raise
+    try:
+        return retrying(submitted)
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"left while {name} was being submitted, so that it may run or not. The same command finds it, or submits it.\n"
+            f"To see: {_ray_job('status', name, address)}"
+        ) from None
 
 
 def _followed(client: Any, name: str, address: str, write: Callable[[str], None]) -> dict[str, Any]:
     """Writes what the job prints until it ends; a connection that is lost is made anew."""
-    written = 0
+    import aiohttp
+
+    written = lost = 0
 
     async def tail() -> None:
-        nonlocal written
+        nonlocal written, lost
         seen = 0  # the whole log comes again with each connection
         async for text in client.tail_job_logs(name):
+            lost = 0
             fresh = text[max(0, written - seen) :]
             seen += len(text)
             written = max(written, seen)
             if fresh:
                 write(fresh)
 
-    lost = 0
     try:
         while True:
             try:
                 asyncio.run(tail())
                 info = client.get_job_info(name)
                 lost = 0
-            except (TimeoutError, RuntimeError, OSError) as error:
+            except (aiohttp.ClientError, RuntimeError, OSError) as error:
                 lost += 1
                 if lost == 10 * ATTEMPTS:
                     raise ResourceError(
@@ -221,5 +281,15 @@ def _followed(client: Any, name: str, address: str, write: Callable[[str], None]
 
 
 def _how_to(name: str, address: str) -> str:
-    at = f"--address {address} {name}"
-    return f"The same command follows it again.\nOr: ray job logs --follow {at}; to stop it, with a checkpoint: ray job stop {at}"
+    return f"The same command follows it again.\n{_with_ray(name, address)}"
+
+
+def _with_ray(name: str, address: str) -> str:
+    logs, stop = _ray_job("logs --follow", name, address), _ray_job("stop", name, address)
+    return f"To see what it prints: {logs}; to stop it, with a checkpoint: {stop}"
+
+
+def _ray_job(verb: str, name: str, address: str) -> str:
+    """A command of Ray, for whoever has the token but never told Ray to use it, too."""
+    mode = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    return f"{mode}ray job {verb} --address {address} {name}"

@@ -1,6 +1,9 @@
 """Verbs as jobs of a real cluster with a token: followed, left, found again, stopped; and what is refused."""
 
+import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import time
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from command import Done, ssl_ray
-from harness import finish, newest_step, records, start, wait_until
+from harness import ROOT, finish, newest_step, records, start, wait_until
 from nodes import PACED, free_port, several_nodes
 
 KEYS = ["views.count=2", "views.size_px=8", "model.projector_dim=16", "evaluate.max_images=50", "checkpoint.every_steps=5"]
@@ -27,6 +30,25 @@ def client() -> Iterator[dict[str, str]]:
 
 def submit(client: dict[str, str], *arguments: str) -> Done:
     return ssl_ray(client, "submit", *arguments)
+
+
+def ray_job(client: dict[str, str], *arguments: str, cwd: Path = ROOT) -> str:
+    env = os.environ | client | {"RAY_AUTH_MODE": "token"}
+    done = subprocess.run(["ray", "job", *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def until_step(step: int, run: Path, client: dict[str, str], name: str) -> None:
+    end = time.monotonic() + 200
+    while newest_step(run) < step:
+        assert time.monotonic() < end, ray_job(client, "logs", name)
+        time.sleep(0.1)
+
+
+def assert_stopped_with_a_checkpoint(run: Path) -> None:
+    assert [record["step"] for record in records(run)] == list(range(len(records(run))))
+    assert f'"step": {len(records(run))}' in (run / "latest.json").read_text()
 
 
 @long
@@ -64,16 +86,62 @@ def test_ctrl_c_leaves_the_job_and_the_same_line_finds_it_again(client, tmp_path
     assert "goes on" in err
     name = next(word for word in err.split() if word.startswith("ssl-ray-pretrain-"))
     seen = newest_step(run)
-    second = start(*line, env=client)
+    second = start(*line[:2], *reversed(line[2:]), env=client)
     assert wait_until(lambda: newest_step(run) > seen + 10, second, "ten more steps")
-    stop = ["ray", "job", "stop", "--address", client["RAY_API_SERVER_ADDRESS"], name]
-    subprocess.run(stop, env=os.environ | client | {"RAY_AUTH_MODE": "token"}, check=True, capture_output=True, timeout=200)
+    submit(client, *line[1:], "train.workers=0").refused(
+        4, f"{name} runs already", "train.workers=1", f"ray job stop --address {client['RAY_API_SERVER_ADDRESS']} {name}"
+    )
+    ray_job(client, "stop", name)
     code, _, err = finish(second)
     assert code == 130, err
     assert f"{name} runs already" in err
-    assert [record["step"] for record in records(run)] == list(range(len(records(run))))  # it left a checkpoint
-    marker = (run / "latest.json").read_text()
-    assert f'"step": {len(records(run))}' in marker
+    assert_stopped_with_a_checkpoint(run)
+
+
+@long
+@pytest.mark.timeout(600)
+def test_a_job_of_ray_job_submit_leaves_a_checkpoint_too(client, tmp_path: Path):
+    documented = (ROOT / "jobs" / "pretrain.py").read_text().partition('"""')[2].partition("\n\n")[0].replace("\\\n", "")
+    line = shlex.split(documented.removeprefix("ray job"))
+    options = json.loads(line[line.index("--runtime-env-json") + 1])
+    options["env_vars"]["PACE_S"] = "6"  # a step takes longer than Ray waits by default
+    line[line.index("--runtime-env-json") + 1] = json.dumps(options)
+    line = line[: line.index("jobs/pretrain.py") + 1]
+    said = ray_job(
+        client, line[0], "--no-wait", *line[1:], f"run={tmp_path / 'run'}", "train.steps=1000", "train.workers=1", *KEYS
+    )
+    (name,) = set(re.findall(r"raysubmit_\w+", said))
+    until_step(1, tmp_path / "run", client, name)
+    ray_job(client, "stop", name)
+    assert_stopped_with_a_checkpoint(tmp_path / "run")
+
+
+@long
+@pytest.mark.timeout(600)
+def test_files_that_were_changed_while_their_job_runs_are_refused(client, tmp_path: Path):
+    folder, recipe = tmp_path / "mine", tmp_path / "mine" / "small.yaml"
+    folder.mkdir()
+    recipe.write_text("train: {steps: 100000, workers: 0}\n")
+    line = [
+        "pretrain",
+        "-c",
+        str(recipe),
+        f"run={tmp_path / 'run'}",
+        *KEYS,
+        "--working-dir",
+        str(folder),
+        "--no-follow",
+        "--json",
+    ]
+    first = submit(client, *line).ok()
+    name = first.json["submission_id"]
+    assert "uploading" in first.err
+    again = submit(client, *line).ok()
+    assert again.err.startswith(f"{name} runs already\n")
+    recipe.write_text("train: {steps: 100001, workers: 0}\n")
+    submit(client, *line).refused(4, f"{name} runs already, with other files of --working-dir\n")
+    until_step(0, tmp_path / "run", client, name)
+    ray_job(client, "stop", name)
 
 
 @long
