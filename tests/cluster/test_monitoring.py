@@ -88,12 +88,18 @@ def test_promtool_accepts_the_files(tmp_path):
 
 
 @pytest.mark.long
-def test_each_alert_fires_on_its_illness_alone(tmp_path):
+def test_each_alert_fires_on_its_illness_alone_and_of_the_run_that_is_ill(tmp_path):
     shutil.copy(FILES / "rules.yml", tmp_path)
     complete = {f"ray_ssl_position{RUN}": "0+15x40 100000x200"}
     ended = {name: f"{values.partition('x')[0]}x40" for name, values in HEALTHY.items()}  # its driver is gone
     tests = [alerts_tested(HEALTHY, set()), alerts_tested(HEALTHY | complete, set()), alerts_tested(ended, set())]
     tests += [alerts_tested(HEALTHY | series, {name}) for name, series in SICK.items()]
+    # Two runs: of one that waits, the dataset of another that does not is not accused.
+    other = {name.replace("runs/a", "runs/b").replace('"d"', '"e"'): values for name, values in HEALTHY.items()}
+    waits = {'ray_ssl_data_wait_share{run="runs/b"}': "0.1x40 0.4x200"}
+    works = {'ray_data_task_submission_backpressure_time{dataset="e",operator="MapBatches(_work_round)_2"}': "0x240"}
+    tests += [alerts_tested(HEALTHY | other, set()), alerts_tested(HEALTHY | other | waits | works, set())]
+    tests += [alerts_tested(HEALTHY | other | SICK["SslBackpressure"] | waits | works, {"SslBackpressure"})]
     assert SICK.keys() == ALERTS.keys()
     test = {"rule_files": ["rules.yml"], "evaluation_interval": "15s", "tests": tests}
     (tmp_path / "test.yml").write_text(json.dumps(test))
