@@ -309,7 +309,8 @@ def _submit(options: argparse.Namespace) -> Result:
 def _debug(options: argparse.Namespace) -> Result:
     from ssl_ray.debug import debug, default_output
 
-    return debug(options.run, options.output or default_output(options.run)), console.bundle
+    output = options.output or default_output(options.run)
+    return debug(options.run, output, address=options.address), console.bundle
 
 
 def _runs_list(options: argparse.Namespace) -> Result:
@@ -711,6 +712,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_submit(verbs)
     debug = _add(verbs, "debug", _debug, "Collect what tells why a run failed into one zip, without secrets.")
     debug.add_argument("run", help="folder or URI of the run")
+    debug.add_argument("--address", metavar="URL", help="of a cluster's dashboard, as http://127.0.0.1:8265: add its logs")
     debug.add_argument("-o", "--output", metavar="FILE.zip", help="the zip to write; default: ssl-ray-debug-NAME.zip")
     runs = _group(verbs, "runs", "Runs: list.")
     listing = _add(runs, "list", _runs_list, "The runs below a folder or URI.")

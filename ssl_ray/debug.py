@@ -6,8 +6,11 @@
     versions.json           Python, packages, system, and variables that Ray, AWS and torch read
     doctor.json             what `ssl-ray doctor` finds on this machine
     ray/SESSION/            Ray's logs on this machine of the processes of this run, and of their node
+    cluster/nodes.json      with --address: the nodes that the cluster has and had, and why those that are gone went
+    cluster/jobs/           the newest jobs that drove the run: what Ray says of each, and the end of what it printed
+    cluster/NODE/           Ray's logs on each node that is there, as those of this machine
 
-Nothing ends it: a run may be damaged, and a storage away.
+Nothing ends it: a run may be damaged, and a storage or a cluster away.
 """
 
 import contextlib
@@ -19,6 +22,7 @@ import os
 import platform
 import re
 import time
+import urllib.parse
 import zipfile
 from collections.abc import Callable
 from importlib import metadata
@@ -28,23 +32,30 @@ from typing import Any
 import psutil
 
 from ssl_ray import __version__, storage
-from ssl_ray.doctor import doctor
-from ssl_ray.errors import DataError, SslRayError, without_secrets
+from ssl_ray.doctor import asked, doctor, log_of, nodes_of
+from ssl_ray.errors import DataError, ResourceError, SslRayError, UsageError, without_secrets
+from ssl_ray.submit import connected, errors_of
 from ssl_ray.train import cluster, logs
+from ssl_ray.train.capacity import HEAD
 
 MAX_FILE, MAX_ALL = 2**20, 2**25
 """Bytes of a file, of which the end is kept, and of all together before they are packed."""
 NEWEST = {"failures": 20, "evaluations": 3, "metrics": 3}
 """So many files of each folder of a run are taken."""
+MOST_LINES, MOST_PROCESSES, MOST_JOBS = 10_000, 8, 3
+"""Of a cluster: the last lines of a log, the newest processes of the run on a node, and its newest jobs."""
 VARIABLES = re.compile(r"RAY_|AWS_|SSL_RAY|GLOO_|NCCL_|CUDA_|OMP_|TORCH_|PYTHONPATH$|TMPDIR$|LANG$|HTTPS?_PROXY$|NO_PROXY$", re.I)
 SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|KEY|CREDENTIAL|CONNECTION_STRING", re.I)
 """In the name of a variable."""
 LEAST_SECRET = 8
 """Shorter values may be part of any word."""
+ASSIGNED = re.compile(r"\b([A-Z][A-Z0-9_]*)(['\"]?\s*[=:]\s*['\"]?)([^\s'\",;]{8,})")
+"""A variable and its value in a text: those of a cluster's machines are not known here."""
 _NODE_LOGS = ("raylet.out", "raylet.err", "gcs_server.out", "gcs_server.err", "monitor.log", "monitor.err", "dashboard_agent.log")
 _PROCESS = re.compile(r"^(?:worker|python-core-(?:worker|driver))-.*[-_](\d+)\.(?:out|err|log)$")
 """Ray's logs of a process, whose number is in the name."""
 _OURS = re.compile(r"-(\d+)\.log(?:\.1)?$")
+_DRIVER = re.compile(r"^ssl-ray-.*-driver-(\d+)\.log$")
 
 
 @dataclasses.dataclass
@@ -58,14 +69,17 @@ class _Bundle:
 
     def add(self, name: str, read: Callable[[], bytes]) -> None:
         """The end of what `read` returns, without secrets."""
+        room = min(MAX_FILE, MAX_ALL - self.total)
+        if room <= 0:
+            self.note(name, f"left out, after {MAX_ALL // 2**20} MiB of others")
+            return
         try:
             data = read()
         except (SslRayError, OSError) as error:
             self.note(name, f"cannot be read: {storage.one_line(error)}")
             return
-        room = min(MAX_FILE, MAX_ALL - self.total)
-        if room <= 0:
-            self.note(name, f"left out, after {MAX_ALL // 2**20} MiB of others")
+        if not data:
+            self.note(name, "empty")
             return
         cut = len(data) > room
         text = data[-room:].decode(errors="replace")
@@ -78,15 +92,16 @@ class _Bundle:
         text = "\n".join(map(without_secrets, text.split("\n")))
         for secret in self.secrets:
             text = text.replace(secret, "***")
-        return text
+        return ASSIGNED.sub(lambda found: f"{found[1]}{found[2]}***" if _is_secret(found[1]) else found[0], text)
 
     def note(self, name: str, note: str, *, size: int = 0) -> None:
         self.contents.append({"file": name, "bytes": size, "note": self.clean(note)})
 
 
-def debug(run: str, output: str) -> dict[str, Any]:
+def debug(run: str, output: str, *, address: str | None = None) -> dict[str, Any]:
     """Writes the zip about the run at `run` to the path or URI `output`; returns where it is and what is in it.
 
+    address: of the dashboard of a cluster whose logs of the run are to be in it.
     Raises DataError where there is nothing of a run, and if the zip cannot be written.
     """
     uri = storage.absolute(run)
@@ -97,6 +112,8 @@ def debug(run: str, output: str) -> dict[str, Any]:
         bundle.add("versions.json", lambda: _json(_versions()))
         bundle.add("doctor.json", lambda: _json(doctor(None, address=None, config=None)))
         _add_logs(bundle, uri)
+        if address is not None:
+            _add_cluster(bundle, uri, address)
         head = {"run": bundle.clean(uri), "made": time.time(), "files": bundle.contents}
         archive.writestr("contents.json", _json(head))
     storage.write_atomic(output, packed.getvalue())
@@ -176,7 +193,7 @@ def _add_logs(bundle: _Bundle, uri: str) -> None:
     for session, name in logged:
         bundle.add(f"ray/{session.name}/{name}", functools.partial(_end_of, session / "logs" / name))
     if not logged:
-        bundle.note("ray/", "no logs of this run on this machine; they are where its driver and workers were")
+        bundle.note("ray/", "no logs of this run on this machine; --address fetches those of a cluster")
 
 
 def _sessions() -> list[Path]:
@@ -236,6 +253,107 @@ def _end_of(path: Path) -> bytes:
             return file.read()
     except FileNotFoundError:
         return b""
+
+
+# Those of a cluster ------------------------------------------------------------------------------------------------
+
+
+def _add_cluster(bundle: _Bundle, uri: str, address: str) -> None:
+    """What a cluster knows of the run; of one that does not answer, that. Nodes that are gone have taken their logs with them."""
+    try:
+        client = connected(address)
+        with errors_of(address):
+            nodes = nodes_of(client)
+    except UsageError:
+        raise
+    except SslRayError as error:
+        bundle.note("cluster/", f"cannot be asked: {storage.one_line(error)}")
+        return
+    fields = ("node_id", "node_ip", "state", "state_message", "labels", "resources_total", "start_time_ms", "end_time_ms")
+    bundle.add("cluster/nodes.json", lambda: _json([{name: node.get(name) for name in fields} for node in nodes]))
+    there = sorted((node for node in nodes if node["state"] == "ALIVE"), key=lambda node: HEAD not in node["resources_total"])
+    found = {}
+    for node in there:
+        try:
+            with errors_of(address):
+                found[node["node_id"]] = _logs_of_node(client, node, uri)
+        except SslRayError as error:
+            bundle.note(f"cluster/{node['node_id']}/", f"cannot be read: {storage.one_line(error)}")
+    drivers = {(node, match[1]) for node, names in found.items() for name in names if (match := _DRIVER.search(name))}
+    _add_jobs(bundle, uri, client, drivers)
+    for node, names in found.items():
+        for name in names:
+            bundle.add(f"cluster/{node}/{name}", functools.partial(_fetched, client, node, name))
+
+
+def _add_jobs(bundle: _Bundle, uri: str, client: Any, drivers: set[tuple[str, str]]) -> None:
+    """drivers: nodes and numbers of the processes that drove the run, for a run may not be named in the job's command."""
+    try:
+        with errors_of(client._address):
+            jobs = [job for job in client.list_jobs() if job.submission_id]
+    except SslRayError as error:
+        bundle.note("cluster/jobs/", f"cannot be read: {storage.one_line(error)}")
+        return
+    named = re.compile(re.escape(uri) + r"(?![^\s'\"])")
+
+    def is_ours(job: Any) -> bool:
+        driver = job.driver_info and (job.driver_node_id, job.driver_info.pid)
+        return driver in drivers or named.search(job.entrypoint) is not None
+
+    ours = sorted(filter(is_ours, jobs), key=lambda job: job.start_time or 0)
+    for job in ours[-MOST_JOBS:]:
+        said = {name: getattr(job, name) for name in ("submission_id", "entrypoint", "message", "error_type", "driver_exit_code")}
+        said |= {"status": job.status.value, "start_time_ms": job.start_time, "end_time_ms": job.end_time}
+        bundle.add(f"cluster/jobs/{job.submission_id}.json", functools.partial(_json, said))
+        log = functools.partial(_fetched, client, job.driver_node_id or "", f"job-driver-{job.submission_id}.log")
+        bundle.add(f"cluster/jobs/{job.submission_id}.log", log)
+    if not ours:
+        bundle.note("cluster/jobs/", f"none of the cluster's {len(jobs)} jobs is of this run")
+
+
+def _logs_of_node(client: Any, node: dict[str, Any], uri: str) -> list[str]:
+    """As `_logs_of`, of the newest processes. Of the head its own logs in any case: a run may have failed before it had some."""
+    names, start = _names(client, node, "*"), logs.short_name(uri)
+    ended = {name: _last_line(client, node, name) for name in names if name.startswith(f"ssl-ray-{start}-")}
+    ours = [name for name in _newest(ended) if ended[name].get("run") == without_secrets(uri)][-MOST_PROCESSES:]
+    processes = {found[1] for found in map(_OURS.search, ours) if found}
+    theirs = [name for name in names if (found := _PROCESS.match(name)) and found[1] in processes]
+    trained = {name: _last_line(client, node, name) for name in (_names(client, node, "train/*") if ours else ())}
+    train = [name for name in _newest(trained) if str(trained[name].get("run_name")).startswith(f"{start}-")]
+    of_node = [name for name in names if name in _NODE_LOGS] if ours or HEAD in node["resources_total"] else []
+    return [*ours, *theirs, *train[-2 * MOST_PROCESSES :], *of_node]
+
+
+def _names(client: Any, node: dict[str, Any], pattern: str) -> list[str]:
+    """Of the logs of a node."""
+    query = urllib.parse.urlencode({"node_id": node["node_id"], "glob": pattern})
+    by_kind = asked(client, f"/api/v0/logs?{query}", lambda result: list(result.values()))
+    return sorted(name for names in by_kind for name in names)
+
+
+def _last_line(client: Any, node: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of a log in lines of JSON; empty where it is not one."""
+    try:
+        line = json.loads(_fetched(client, node["node_id"], name, lines=1))
+    except (SslRayError, ValueError):
+        return {}
+    return line if isinstance(line, dict) else {}
+
+
+def _newest(ended: dict[str, dict[str, Any]]) -> list[str]:
+    """Names of logs by the time of their last lines, the newest last."""
+    return sorted(ended, key=lambda name: str(ended[name].get("time") or ended[name].get("asctime")))
+
+
+def _fetched(client: Any, node: str, name: str, *, lines: int = MOST_LINES) -> bytes:
+    """The last lines of a log of a node, and of those as much as a bundle takes, and a byte more."""
+    with errors_of(client._address), log_of(client, node, name, lines=lines) as answer:
+        if not answer.ok:
+            raise ResourceError(f"status {answer.status_code}: {' '.join(answer.text.split())[:200]}")
+        end = b""
+        for part in answer.iter_content(2**16):
+            end = (end + part)[-MAX_FILE - 1 :]
+        return end
 
 
 def default_output(run: str) -> str:

@@ -3,8 +3,11 @@
 Each finding is a row: what was looked at, whether it is well, what was found, and what to do.
 """
 
+import http.client
+import itertools
 import os
 import platform
+import re
 import shutil
 import statistics
 import time
@@ -14,15 +17,16 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
+import yaml
 
 from ssl_ray import storage
 from ssl_ray.config import Config
 from ssl_ray.errors import ResourceError, SslRayError
 from ssl_ray.train import cluster, lease
-from ssl_ray.train.capacity import Node, Where, cpus_of, require_cpus
+from ssl_ray.train.capacity import GROUP, HEAD, Capacity, Node, may_come
 
 LIBRARIES = ("ssl-ray", "torch", "torchvision", "ray", "pyarrow", "s3fs")
 LEAST_SHARED, LEAST_DISK = 2**30, 10 * 2**30
@@ -31,8 +35,17 @@ MOST_SKEW_S = 60.0
 """Of clocks: S3 refuses requests that are a quarter of an hour off, and what is noted here would be in the wrong order."""
 SMALL, LARGE, TIMES = 2**10, 16 * 2**20, 5
 """Bytes of the objects that are written to a storage and read, and how often the small one is."""
+ASK_S = 60.0
+"""Seconds for an answer of a cluster."""
 _RAY = ("raylet", "gcs_server")
 _LOOPBACK = ("127.", "::1")
+_METRICS = ("ray::DashboardAgent", "monitor.py", "dashboard.py")
+"""Processes of Ray's that may give metrics over HTTP; others are not asked, since they take it for a broken client."""
+_PROBE_S = 5.0
+_CONFIGURED, _LOOKED_THROUGH = "Using Autoscaling Config:", 10_000
+"""What stands before the configuration in an autoscaler's log, and the lines in which it is looked for: it is near the start."""
+
+T = TypeVar("T")
 
 
 def doctor(uri: str | None, *, address: str | None, config: Config | None) -> list[dict[str, Any]]:
@@ -42,19 +55,19 @@ def doctor(uri: str | None, *, address: str | None, config: Config | None) -> li
     """
     found = [_versions(), _gpu(), *_room(), *_ports()]
     if uri is not None:
-        found += _guarded("storage", lambda: list(_storage(uri)))
+        found += _guarded("storage", _storage(uri))
     if address is not None:
-        found += _guarded("cluster", lambda: list(_cluster(address, config)))
+        found += _guarded("cluster", _cluster(address, config))
     return found
 
 
-def _guarded(check: str, look: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What `look` finds, or the error that it ends with as a finding."""
+def _guarded(check: str, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows, and the error that they end with as another."""
     try:
-        return look()
+        yield from rows
     except SslRayError as error:
         text, _, do = str(error).partition("\n")
-        return [_finding(check, False, text, do)]
+        yield _finding(check, False, text, do)
 
 
 def _finding(check: str, ok: bool, found: str, do: str = "") -> dict[str, Any]:
@@ -95,7 +108,7 @@ def _room() -> Iterator[dict[str, Any]]:
 
 
 def _ports() -> Iterator[dict[str, Any]]:
-    """A row for each process of Ray's on this machine that listens to more than the machine itself."""
+    """Rows for each process of Ray's on this machine that listens to more than the machine itself."""
     seen = False
     for process in psutil.process_iter():
         try:
@@ -104,15 +117,9 @@ def _ports() -> Iterator[dict[str, Any]]:
                 continue
             seen = True
             places = [each.laddr for each in process.net_connections() if each.status == psutil.CONN_LISTEN]
-            open_ports = sorted({place.port for place in places if not place.ip.startswith(_LOOPBACK)})
-            if open_ports:
-                asks = _auth_mode(process) == "token"
-                ports = ", ".join(map(str, open_ports))
-                found = f"{name} (process {process.pid}) listens on all interfaces at {ports}, and asks " + (
-                    "for the token" if asks else "nobody who they are"
-                )
-                do = "" if asks else "Start Ray with RAY_AUTH_MODE=token, or let nobody else reach these ports."
-                yield _finding("ports", asks, found, do)
+            at = {place.port: place.ip for place in places if not place.ip.removeprefix("::ffff:").startswith(_LOOPBACK)}
+            asks = _auth_mode(process) == "token"
+            yield from _of_ports(f"{name} (process {process.pid})", at, asks=asks, metrics=name in _METRICS)
         except psutil.NoSuchProcess:
             continue
         except psutil.AccessDenied:
@@ -121,12 +128,45 @@ def _ports() -> Iterator[dict[str, Any]]:
         yield _finding("ports", True, "no Ray runs on this machine; ssl-ray starts its own with a token and without a dashboard")
 
 
+def _of_ports(process: str, at: dict[int, str], *, asks: bool, metrics: bool) -> Iterator[dict[str, Any]]:
+    """Rows for the ports of a process and their addresses.  asks: for the token.  metrics: at some of them it may give metrics,
+    which Ray does to all, whatever its processes are told of a token."""
+    told = sorted(port for port in at if asks and metrics and _gives_metrics(at[port], port))
+    if others := ", ".join(str(port) for port in sorted(at.keys() - told)):
+        found = f"{process} listens on all interfaces at {others}, and asks {'for the token' if asks else 'nobody who they are'}"
+        do = "" if asks else "Start Ray with RAY_AUTH_MODE=token, or let nobody else reach these ports."
+        yield _finding("ports", asks, found, do)
+    if told:
+        found = f"{process} gives metrics to all who ask, at {', '.join(map(str, told))}"
+        yield _finding("metrics", True, found, "Keep it within the cluster's private network: Ray has no token for metrics.")
+
+
+def _gives_metrics(ip: str, port: int) -> bool:
+    """Whether metrics are there for one who shows no token."""
+    connection = http.client.HTTPConnection({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ip, ip), port, timeout=_PROBE_S)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
 def _auth_mode(process: psutil.Process) -> str | None:
-    """Of a process of Ray's, or of the first of its parents that shows one: some write their name over their variables."""
-    for each in (process, *process.parents()):
-        if (mode := each.environ().get("RAY_AUTH_MODE")) is not None:
-            return mode
-    return None
+    """Of a process of Ray's, or of the first of its parents that shows one: some write their name over their variables.
+
+    The search ends at a parent of another user, as root's init, which is no part of this Ray.
+    """
+    mode = process.environ().get("RAY_AUTH_MODE")
+    for parent in process.parents() if mode is None else ():
+        try:
+            mode = parent.environ().get("RAY_AUTH_MODE")
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            break
+        if mode is not None:
+            break
+    return mode
 
 
 def _name(process: psutil.Process) -> str | None:
@@ -220,17 +260,99 @@ def _cluster(address: str, config: Config | None) -> Iterator[dict[str, Any]]:
         yield _finding("token", without == 401, "asked for" if without == 401 else "not asked for", do)
         if "Date" in version.headers:
             yield _skew("clock of the cluster", parsedate_to_datetime(version.headers["Date"]))
-        nodes = client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000").json()["data"]["result"]["result"]
-    alive = [node for node in nodes if node["state"] == "ALIVE"]
-    total = {name: sum(node["resources_total"].get(name, 0.0) for node in alive) for name in ("CPU", "GPU")}
-    roles = sorted({node.get("labels", {}).get("ssl-ray/role", "none") for node in alive})
-    found = f"{len(alive)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs, roles: {', '.join(roles)}"
-    yield _finding("nodes", bool(alive), found, "" if alive else "Wait until a node has joined.")
+        nodes = [node for node in nodes_of(client) if node["state"] == "ALIVE"]
+        autoscaler = _autoscaler(client, nodes) if config is not None else None
+    total = {name: sum(node["resources_total"].get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    roles = sorted({node["labels"].get("ssl-ray/role", "none") for node in nodes})
+    found = f"{len(nodes)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs, roles: {', '.join(roles)}"
+    yield _finding("nodes", bool(nodes), found, "" if nodes else "Wait until a node has joined.")
     if config is not None:
-        try:
-            where = Where(train=config.train.label, data=config.data.label)
-            cpus = cpus_of([Node(node["resources_total"], node.get("labels", {})) for node in alive], where)
-            require_cpus(cpus, workers=config.train.workers, threads=config.train.threads, where=where)
-            yield _finding("workers", True, f"room for train.workers={config.train.workers}")
-        except ResourceError as error:
-            yield _finding("workers", False, f"{error}", "Or let the cluster grow: nodes that are not there yet are not counted.")
+        yield _workers(config, [Node(node["resources_total"], node["labels"]) for node in nodes], autoscaler)
+
+
+def _workers(config: Config, here: list[Node], autoscaler: dict[str, Any] | None) -> dict[str, Any]:
+    """Whether the workers find a place as a run finds it, on the nodes that are there and those that the autoscaler may add.
+
+    autoscaler: its configuration; None: there is none, or it is not known.
+    """
+    from ssl_ray.train.ray_train import plan_resources, room
+
+    workers, fewest = config.train.workers, config.train.fewest_workers()
+    if not fewest:
+        return _finding("workers", True, "train.workers=0: the driver trains, and takes nothing of the cluster")
+    coming = may_come(autoscaler, [{"Resources": node.resources, "Labels": node.labels} for node in here])
+    try:
+        planned = plan_resources(config, Capacity(here, coming))
+    except ResourceError as error:
+        if autoscaler is None and any(GROUP in node.labels for node in here):
+            note = "An autoscaler may add nodes; which, it did not tell: see max_workers (maxReplicas) of the cluster's file."
+            return _finding("workers", True, f"not yet: {error}", note)
+        do = "Or let the autoscaler add more: max_workers (maxReplicas)." if coming else "Or let the cluster grow."
+        return _finding("workers", False, f"{error}", do)
+    each = "with a GPU each" if planned.gpus else "without GPUs"
+    if (now := room(here, planned)) >= fewest:
+        return _finding("workers", True, f"room for train.workers={workers}, {each}")
+    found = f"room for {now} of train.workers={workers} now, and for all of them, {each}, with nodes that the autoscaler may add"
+    return _finding("workers", True, found)
+
+
+def nodes_of(client: Any) -> list[dict[str, Any]]:
+    """The nodes that a cluster knows of, those that are gone too, as Ray's state API describes them.
+
+    client: of its jobs.  Raises ResourceError where Ray does not say.
+    """
+
+    def read(result: Any) -> list[dict[str, Any]]:
+        rows = [row | {name: row.get(name) or {} for name in ("labels", "resources_total")} for row in result["result"]]
+        return [row for row in rows if row["node_id"] and row["state"]]
+
+    return asked(client, "/api/v0/nodes?detail=1&limit=10000", read)
+
+
+def asked(client: Any, path: str, read: Callable[[Any], T]) -> T:
+    """What `read` makes of an answer of Ray's state API. Raises ResourceError for one of a failure, or that makes no sense."""
+    answer = client._do_request("GET", path, timeout=ASK_S)
+    try:
+        if answer.ok:
+            return read(answer.json()["data"]["result"])
+        said = answer.json()["msg"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        said = answer.text
+    what = f"Ray's dashboard does not tell {path.partition('?')[0]} (status {answer.status_code})"
+    text = " ".join(str(said).split())[:200]
+    raise ResourceError(f"{what}: {text}\nTry again; if it stays, dashboard.log and gcs_server.out on the head say why.")
+
+
+def log_of(client: Any, node: str, name: str, *, lines: int) -> Any:
+    """The end of a log of a node, as an open answer of `requests`, whose status may be that of an error.
+
+    lines: so many; -1: all.
+    """
+    import requests
+
+    query = {"node_id": node, "filename": name, "lines": str(lines), "timeout": f"{ASK_S:.0f}"}
+    # Not by the client's own way to ask, which reads the answer whole to look for what it says of the token.
+    how = {"headers": client._headers, "cookies": client._cookies, "verify": client._verify}
+    return requests.get(f"{client._address}/api/v0/logs/file", params=query, stream=True, timeout=ASK_S, **how)
+
+
+def _autoscaler(client: Any, nodes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The configuration of a cluster's autoscaler; None where it has not told it.
+
+    Of what the dashboard offers (Ray 2.60), only the log that version 2 begins on the head has it. /api/cluster_status is empty
+    with version 2; with version 1 it is the same where there is no autoscaler.
+    """
+    head = next((node["node_id"] for node in nodes if HEAD in node["resources_total"]), None)
+    if head is None:
+        return None
+    try:
+        with log_of(client, head, "monitor.log", lines=-1) as answer:
+            answer.encoding = "utf-8"
+            lines = itertools.islice(answer.iter_lines(decode_unicode=True) if answer.ok else (), _LOOKED_THROUGH)
+            if not any(_CONFIGURED in line for line in lines):
+                return None
+            text = "\n".join(itertools.takewhile(lambda line: not re.match(r"\d{4}-\d\d-\d\d ", line), lines))
+        made = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError):  # OSError: those of requests
+        return None
+    return made if isinstance(made, dict) and "available_node_types" in made else None

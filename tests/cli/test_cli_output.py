@@ -35,7 +35,7 @@ OPTIONS = {
     "runs list": {"--json"},
     "doctor": {"--json", "--address", "--config"},
     "submit": {"--json", "--address", "--working-dir", "--uv", "--no-follow"},
-    "debug": {"--json", "--output"},
+    "debug": {"--json", "--address", "--output"},
     "dashboard": {"--json", "--port", "--host", "--token-file", "--demo"},
     "study run": {"--json", "--output", "--small"} | TRACKERS,
     "study resume": {"--json"} | TRACKERS,

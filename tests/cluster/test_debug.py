@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import seaweedfs
 from command import Done, ssl_ray
-from nodes import several_nodes
+from nodes import free_port, several_nodes
 
 from ssl_ray import shards
 
@@ -19,9 +19,9 @@ PASSWORD, KEY = "password-in-the-uri", 'key "in" the environment'
 SMALL = ("views.count=2", "views.size_px=8", "views.channels=1", "model.projector_dim=16", "train.batch=16", "train.steps=40")
 
 
-def bundle(uri: str, to: Path, environment: dict[str, str]) -> tuple[Done, dict[str, str], dict[str, dict]]:
+def bundle(uri: str, to: Path, environment: dict[str, str], *options: str) -> tuple[Done, dict[str, str], dict[str, dict]]:
     """What was printed, the text of each file of the zip, and what its contents say of each."""
-    done = ssl_ray(environment, "debug", uri, "-o", str(to)).ok()
+    done = ssl_ray(environment, "debug", uri, "-o", str(to), *options).ok()
     with zipfile.ZipFile(to) as archive:
         files = {name: archive.read(name).decode() for name in archive.namelist()}
     contents = {each["file"]: each for each in json.loads(files["contents.json"])["files"]}
@@ -47,16 +47,24 @@ def test_a_run_that_failed_on_a_cluster_gives_a_bundle_with_its_logs_and_without
     run = f"s3://{seaweedfs.BUCKET}/failed/run"
     mirror = f"https://reader:{PASSWORD}@127.0.0.1:1/x"
     environment = server.environment() | {"WANDB_API_KEY": KEY, "TORCH_MIRROR": mirror}
+    port = free_port()
+    at = ("--address", f"http://127.0.0.1:{port}")
     with several_nodes(environment) as nodes:
-        nodes.add("head", cpus=2)
+        nodes.add("head", cpus=1, dashboard=port)
+        nodes.add("other", cpus=1)
         token = Path(nodes.env["RAY_AUTH_TOKEN_PATH"]).read_text()
-        failed = ssl_ray(nodes.env, "pretrain", f"data.uri={tmp_path / 'train'}", f"run={run}", "train.workers=2", *SMALL)
+        client = server.environment() | {"RAY_AUTH_TOKEN_PATH": nodes.env["RAY_AUTH_TOKEN_PATH"]}
+        keys = ("pretrain", f"data.uri={tmp_path / 'train'}", f"run={run}", "train.workers=2", "train.pack=false", *SMALL)
+        failed = ssl_ray(client, "submit", *at, *keys)
         assert failed.code == 3
         assert "1 bad samples" in failed.err
         _, files, contents = bundle(run, tmp_path / "bundle.zip", nodes.env)
         _, elsewhere, _ = bundle(run, tmp_path / "elsewhere.zip", environment | {"HOME": str(tmp_path)})
+        ids = nodes.alive()
+        nodes.kill("other")
+        _, fetched, fetched_contents = bundle(run, tmp_path / "fetched.zip", client, *at)
     secrets = (PASSWORD, seaweedfs.SECRETS["trainer"], KEY, json.dumps(KEY)[1:-1], token)
-    for name, text in (files | elsewhere).items():
+    for name, text in (files | elsewhere | fetched).items():
         assert not any(secret in text for secret in secrets), name
     assert json.loads(files["run/run.json"])["config"]["data"]["uri"] == str(tmp_path / "train")
     assert "run/failures/" not in files
@@ -74,6 +82,21 @@ def test_a_run_that_failed_on_a_cluster_gives_a_bundle_with_its_logs_and_without
     told = json.loads(files["versions.json"])["environment"]
     assert (told["AWS_SECRET_ACCESS_KEY"], told["TORCH_MIRROR"]) == ("***", "https://***@127.0.0.1:1/x")
     assert told["AWS_ENDPOINT_URL"] == server.endpoint
+    assert not any(name.startswith("cluster/") for name in files)
+
+    # Through the dashboard: of the node that is there what a bundle of its machine has, of the other that it is gone.
+    of_head = {name.rpartition("/")[2]: text for name, text in fetched.items() if name.startswith(f"cluster/{ids['head']}/")}
+    head_logs = {name for name in of_head if name.startswith("ssl-ray-run-")}
+    assert any("-driver-" in name for name in head_logs)
+    assert {name: of_head[name] for name in head_logs} == {name: logs[name] for name in head_logs}
+    assert {"raylet.out", "gcs_server.out"} <= of_head.keys()
+    assert any(name.startswith("ray-train-") for name in of_head)
+    states = {node["node_id"]: node["state"] for node in json.loads(fetched["cluster/nodes.json"])}
+    assert states == {ids["head"]: "ALIVE", ids["other"]: "DEAD"}
+    (job,) = [json.loads(text) for name, text in fetched.items() if re.fullmatch(r"cluster/jobs/.*\.json", name)]
+    assert (job["status"], job["driver_exit_code"]) == ("FAILED", 3)
+    assert "1 bad samples" in fetched[f"cluster/jobs/{job['submission_id']}.log"]
+    assert all(each["bytes"] <= 2**20 for each in fetched_contents.values())
 
 
 def test_a_damaged_run_gives_what_is_left_of_it(tmp_path):
@@ -86,6 +109,8 @@ def test_a_damaged_run_gives_what_is_left_of_it(tmp_path):
         (run / "metrics" / f"{i:010d}-000001.jsonl").write_text(f'{{"step": {i}}}\n')
     (run / "metrics" / "0000000009-000001.jsonl").write_bytes(b"\0" * 100)
     (run / "failures" / "000001.json").write_text('{"reasons": {"0": "s3://id:sec/ret@bucket/x is away"}}')
+    of_a_worker = "HF_TOKEN=not-known-here 'AWS_SECRET_ACCESS_KEY': 'nor-is-this' RAY_AUTH_TOKEN_PATH=/home/ray/token"
+    (run / "failures" / "000002.json").write_text(of_a_worker)
     lines = [json.dumps({"shard": "a.tar", "key": f"{i:07d}", "reason": "x" * 80}) for i in range(20000)]
     (run / "quarantine.jsonl").write_text("\n".join(lines))
     (run / "checkpoints" / "0000000004-abc").mkdir(parents=True)
@@ -97,6 +122,7 @@ def test_a_damaged_run_gives_what_is_left_of_it(tmp_path):
     metrics = sorted(name for name in files if name.startswith("run/metrics/"))
     assert [int(name.split("/")[2][:10]) for name in metrics] == [3, 4, 9]
     assert files["run/failures/000001.json"] == '{"reasons": {"0": "s3://***@bucket/x is away"}}'
+    assert files["run/failures/000002.json"] == "HF_TOKEN=*** 'AWS_SECRET_ACCESS_KEY': '***' RAY_AUTH_TOKEN_PATH=/home/ray/token"
     kept = files["run/quarantine.jsonl"].splitlines()
     assert kept == lines[-len(kept) :]
     assert 2**20 - 200 < contents["run/quarantine.jsonl"]["bytes"] <= 2**20
@@ -134,8 +160,11 @@ def test_without_a_run_there_is_no_bundle(tmp_path):
 
 
 @pytest.mark.long
-def test_of_a_run_whose_storage_is_away_the_bundle_has_the_rest(tmp_path):
+def test_of_a_run_whose_storage_and_cluster_are_away_the_bundle_has_the_rest(tmp_path):
     away = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y" * 10}
-    _, files, contents = bundle("s3://bucket/run", tmp_path / "b.zip", away)
+    at = ("--address", f"http://127.0.0.1:{free_port()}")
+    done, files, contents = bundle("s3://bucket/run", tmp_path / "b.zip", away, *at)
     assert contents["run/"]["note"].startswith("cannot be read: ")
+    assert contents["cluster/"]["note"].startswith(f"cannot be asked: {at[1]}: ")
+    assert "Traceback" not in done.err
     assert files.keys() == {"versions.json", "doctor.json", "contents.json"}

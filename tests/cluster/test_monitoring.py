@@ -27,7 +27,8 @@ PANELS = {
     for panel in json.loads((FILES / "dashboard.json").read_text())["panels"]
     for target in panel["targets"]
 }
-OF_RAY = {"ray_data_task_submission_backpressure_time", "ray_node_cpu_utilization", "ray_object_store_memory", "ALERTS"}
+OF_RAY = {"ray_data_task_submission_backpressure_time", "ray_data_dataset_state", "ray_node_cpu_utilization"}
+OF_RAY |= {"ray_object_store_memory", "ALERTS"}
 
 
 def test_files_use_what_a_run_exports_and_leave_nothing_out():
@@ -42,7 +43,8 @@ def test_files_use_what_a_run_exports_and_leave_nothing_out():
 
 # Alerts -------------------------------------------------------------------------------------------------------------
 
-RUN = '{run="runs/a"}'
+DRIVER = "02000000" + "f" * 48
+RUN = f'{{run="runs/a",SessionName="s",WorkerId="{DRIVER}"}}'
 HELD_BACK = 'ray_data_task_submission_backpressure_time{dataset="d",operator="MapBatches(_work_round)_2"}'
 HEALTHY = {
     f"ray_ssl_position{RUN}": "0+15x240",
@@ -54,6 +56,7 @@ HEALTHY = {
     f"ray_ssl_restarts{RUN}": "0x240",
     # As it is where training is what takes long: the tasks that make views are ahead.
     HELD_BACK: "0+14x240",
+    'ray_data_dataset_state{dataset="d",job_id="02000000",SessionName="s"}': "1x240",
     'ray_data_task_submission_backpressure_time{dataset="d",operator="Input_0"}': "0x240",
 }
 """Samples of an hour, one every 15 s."""
@@ -80,6 +83,20 @@ def alerts_tested(series: dict[str, str], firing: set[str]) -> dict:
     return {"interval": "15s", "input_series": given, "promql_expr_test": asked}
 
 
+def of_two(series: dict[str, str], *, waiting: str, held_back: str) -> dict[str, str]:
+    """These series of runs/a, and the like of runs/b; the runs that wait for data, and those whose dataset is held back."""
+    made = {}
+    for name, values in series.items():
+        for run in "ab":
+            if "data_wait_share" in name:
+                values = "0.1x40 0.4x200" if run in waiting else "0.1x240"
+            elif name == HELD_BACK:
+                values = "0+14x240" if run in held_back else "0x240"
+            job = name if run == "a" else name.replace("runs/a", "runs/b").replace('"d"', '"e"').replace("02000000", "03000000")
+            made[job.replace('WorkerId="0000', f'WorkerId="{run}000')] = values
+    return made
+
+
 @pytest.mark.long
 def test_promtool_accepts_the_files(tmp_path):
     for name in ("rules.yml", "prometheus.yml"):
@@ -88,12 +105,18 @@ def test_promtool_accepts_the_files(tmp_path):
 
 
 @pytest.mark.long
-def test_each_alert_fires_on_its_illness_alone(tmp_path):
+def test_each_alert_fires_on_its_illness_alone_and_of_the_run_that_is_ill(tmp_path):
     shutil.copy(FILES / "rules.yml", tmp_path)
     complete = {f"ray_ssl_position{RUN}": "0+15x40 100000x200"}
     ended = {name: f"{values.partition('x')[0]}x40" for name, values in HEALTHY.items()}  # its driver is gone
     tests = [alerts_tested(HEALTHY, set()), alerts_tested(HEALTHY | complete, set()), alerts_tested(ended, set())]
     tests += [alerts_tested(HEALTHY | series, {name}) for name, series in SICK.items()]
+    tests += [alerts_tested(of_two(HEALTHY, waiting="a", held_back="b"), set())]
+    tests += [alerts_tested(of_two(HEALTHY, waiting="b", held_back="b"), {"SslBackpressure"})]
+    # Of a study's trials nothing says which dataset is whose: only where both wait is the one that is held back surely to blame.
+    trials = {name.replace(DRIVER, "0" * 56): values for name, values in HEALTHY.items()}
+    tests += [alerts_tested(of_two(trials, waiting="b", held_back="b"), set())]
+    tests += [alerts_tested(of_two(trials, waiting="ab", held_back="b"), {"SslBackpressure"})]
     assert SICK.keys() == ALERTS.keys()
     test = {"rule_files": ["rules.yml"], "evaluation_interval": "15s", "tests": tests}
     (tmp_path / "test.yml").write_text(json.dumps(test))
@@ -180,7 +203,7 @@ def test_prometheus_and_the_train_page_show_a_run_and_a_trial_of_a_study(tmp_pat
             for name, expression in (RECORDED | PANELS).items():
                 found = ask(address, expression)
                 assert found or "ALERTS" in expression, f"{name}: {expression} returns nothing"
-                if isinstance(name, str) and name not in ("ssl:data_held_back",):
+                if isinstance(name, str):
                     assert {each["metric"]["run"] for each in found} == {str(run)}
             for expression in ALERTS.values():
                 ask(address, expression)
