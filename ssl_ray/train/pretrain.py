@@ -366,7 +366,8 @@ def drive(opened: Opened, ready: Ready, asked: _Asked, progress: Progress, *, be
     watch = _Watch(uri, progress)
     waiting = None if ready.missing is None else _Waiting(ready.missing, progress)
     training = ready.train()
-    told = False
+    told: int | None = None
+    """The start of the workers that was asked to stop."""
     while not training.done():
         with suppress(DataError):  # whether a storage that is away ends the run is for the workers to say
             watch.look()
@@ -377,12 +378,12 @@ def drive(opened: Opened, ready: Ready, asked: _Asked, progress: Progress, *, be
                 raise Stopped("stopped before the first step; the same command continues.")
             if not ready.alive():
                 raise Stopped(_STOPPED_EARLY)
-        if asked.came and not told:
+        if asked.came and told is None:
             progress("stage", {"text": "stopping: waiting for the step to end and its checkpoint to be stored"})
-            marker = runs.read_marker(uri)
+        if asked.came and (marker := runs.read_marker(uri)).number != told:  # they may have just been started
             if opened.lease is None or marker.lease == opened.lease:  # else another driver has taken over
                 runs.ask_to_stop(uri, marker)
-            told = True
+            told = marker.number
         if watch.begun and not asked.came:
             beside()
         wait([training], timeout=POLL_S)

@@ -276,6 +276,32 @@ def test_a_terminated_run_leaves_a_checkpoint_and_the_same_command_continues_it_
     assert_continues(pretrain, uri, undisturbed, *keys)
 
 
+EARLY = """
+import os, signal, sys, time
+from ssl_ray import cli
+from ssl_ray.train import runs
+
+begin_attempt = runs.begin_attempt
+
+def late(*given, **named):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1.5)  # the driver looks twice a second
+    return begin_attempt(*given, **named)
+
+runs.begin_attempt = late
+sys.argv[0] = "ssl-ray"
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_that_comes_before_the_workers_begin_stops_them_too(packed, tmp_path):
+    keys = [*SMALL, f"run={tmp_path / 'run'}", f"data.uri={packed}", "train.workers=0", "train.batch=16", "train.steps=100000"]
+    done = subprocess.run([sys.executable, "-c", EARLY, "pretrain", *keys], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert "with a checkpoint; the same command continues." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_signals_that_come_together_are_one_request_and_a_later_one_ends_the_process_at_once():
     code = "import time; from ssl_ray.train.pretrain import signals\nwith signals(): print(flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code]
