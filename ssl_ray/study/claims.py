@@ -23,7 +23,7 @@ Verdict = Literal["shown", "not shown", "opposite"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
     part: str
-    """a: projector and beta; b: best beta over d; c: time over views; d: images against views."""
+    """a: projector and beta; b: best beta over d; c: time over views; d: images against views; e: time of recipes."""
     text: str
     measure: str
     effect: Interval
@@ -37,13 +37,14 @@ class Claim:
         return "opposite" if self.effect.high < self.threshold else "not shown"
 
 
-def claims(projector: Study, views: Study, fraction: Study) -> list[Claim]:
+def claims(projector: Study, views: Study, fraction: Study, recipe: Study) -> list[Claim]:
     """The verdicts of what has been trained so far: arms or seeds that are absent make an interval without bounds.
 
-    projector: d times beta at m = 2.  views: cells of (m, d), of which that with m = 2 and the largest d is the baseline.
+    projector: d times beta at m = 2.  views: cells of (m, d), of which the first, with m = 2 and the largest d, is the baseline.
     fraction: cells of (m, fraction), of which that with the fewest views of the largest fraction is the baseline.
+    recipe: cells, of which the first is the baseline.
     """
-    return [*_projector(projector), *_slope(projector), *_views(views), *_fraction(fraction)]
+    return [*_projector(projector), *_slope(projector), *_sooner(views, "c"), *_fraction(fraction), *_sooner(recipe, "e")]
 
 
 def as_rows(found: list[Claim]) -> list[dict[str, Any]]:
@@ -155,25 +156,32 @@ def _slope(study: Study) -> list[Claim]:
     return [Claim(part="b", text=text, measure="log best beta over log d, fall", effect=falls, threshold=0.0)]
 
 
-# (c), (d) ------------------------------------------------------------------------------------------------------------
+# (c), (d), (e) --------------------------------------------------------------------------------------------------------
 
 
-def _views(study: Study) -> list[Claim]:
-    """How many times as soon each arm has what the baseline has at its end."""
-    of_cell = _results(study, lambda trial: (trial.m, trial.d))
-    if not of_cell:
+_NAMES = {"views.count": "m", "model.projector_dim": "d"}
+
+
+def _arm(trial: Trial) -> str:
+    return ", ".join(f"{_NAMES.get(key, key)} = {value}" for key, value in trial.settings.items())
+
+
+def _sooner(study: Study, part: str) -> list[Claim]:
+    """How many times as soon each arm has what the baseline, the first one, has at its end."""
+    of_arm = _results(study, _arm)
+    if not of_arm:
         return []
-    baseline = min(of_cell, key=lambda cell: (cell[0], -cell[1]))
-    target = float(np.mean(list(of_cell[baseline].values())))
+    baseline = _arm(study.trials[0])
+    target = float(np.mean(list(of_arm.get(baseline, {0: math.nan}).values())))
     found = []
-    for cell in sorted(of_cell.keys() - {baseline}):
+    for arm in (arm for arm in of_arm if arm != baseline):
         for unit in ("minutes", "views"):
-            logs = [_log_ratio(study, seed, baseline, cell, target, unit) for seed in study.head.seeds]
+            logs = [_log_ratio(study, seed, baseline, arm, target, unit) for seed in study.head.seeds]
             log = mean_interval(logs) if all(map(math.isfinite, logs)) else mean_interval([])
             found.append(
                 Claim(
-                    part="c",
-                    text=f"m = {cell[0]}, d = {cell[1]} needs fewer {unit} than m = {baseline[0]}, d = {baseline[1]}",
+                    part=part,
+                    text=f"{arm} needs fewer {unit} than {baseline}",
                     measure=f"{unit} to an accuracy of {target:.4f} of the latter by those of the former",
                     effect=Interval(math.exp(log.mean), math.exp(log.low), math.exp(log.high), log.n),
                     threshold=1.0,
@@ -182,19 +190,19 @@ def _views(study: Study) -> list[Claim]:
     return found
 
 
-def _log_ratio(study: Study, seed: int, baseline: tuple[int, int], cell: tuple[int, int], target: float, unit: str) -> float:
-    """log of what the baseline needs by what the cell needs; NaN where the cell does not get there.
+def _log_ratio(study: Study, seed: int, baseline: str, arm: str, target: float, unit: str) -> float:
+    """log of what the baseline needs by what the arm needs; NaN where the arm does not get there.
 
     A baseline that does not get there counts with all it had, which is less than it needs.
     """
     at = {}
     for trial in study.trials:
-        if trial.seed == seed and (trial.m, trial.d) in (baseline, cell):
+        if trial.seed == seed and _arm(trial) in (baseline, arm):
             readouts = trial.readouts
-            at[trial.m, trial.d] = time_to_target(getattr(readouts, unit), getattr(readouts, study.head.objective), target)
-    if len(at) < 2 or not at[cell].reached or not at[cell].x > 0:
+            at[_arm(trial)] = time_to_target(getattr(readouts, unit), getattr(readouts, study.head.objective), target)
+    if len(at) < 2 or not at[arm].reached or not at[arm].x > 0:
         return math.nan
-    return math.log(at[baseline].x / at[cell].x) if at[baseline].x > 0 else math.nan
+    return math.log(at[baseline].x / at[arm].x) if at[baseline].x > 0 else math.nan
 
 
 def _fraction(study: Study) -> list[Claim]:

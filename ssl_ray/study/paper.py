@@ -1,4 +1,4 @@
-"""The study of the paper's claims: three studies one after the other, each in a folder of its own, and what they show."""
+"""The study of the paper's claims: four studies one after the other, each in a folder of its own, and what they show."""
 
 import functools
 from collections import Counter
@@ -13,7 +13,7 @@ from ssl_ray.study.spec import Spec
 from ssl_ray.train import runs
 from ssl_ray.train.trackers import Trackers
 
-PARTS = ("projector", "views", "fraction")
+PARTS = ("projector", "views", "fraction", "recipe")
 FORMAT_VERSION = 1
 
 

@@ -7,12 +7,13 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from harness import finish, start
+from harness import ROOT, finish, start
 
 from ssl_ray.dashboard import demo, page
+from ssl_ray.study import claims, paper
 from ssl_ray.study.results import Study, read_study
 
-STUDIES = ("fraction", "pareto", "projector", "views")
+STUDIES = ("fraction", "pareto", "projector", "recipe", "views")
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,15 @@ def studies() -> Iterator[dict[str, Study]]:
 def test_every_trial_is_complete_and_every_figure_shows_some(studies, name: str):
     study = studies[name]
     assert {trial.state.status for trial in study.trials} == {"complete"}
-    assert len({trial.seed for trial in study.trials}) == 3
-    for figure in set(page.FIGURES) - {"pareto-cost"}:
+    assert {trial.seed for trial in study.trials} == set(study.head.seeds)
+    needs = {"pareto-cost": study.head.prices, "map-minutes": study.head.target_accuracy}
+    for figure in set(page.FIGURES) - {name for name, given in needs.items() if given is None}:
         assert page.draw(study, figure)["data"], figure
+
+
+def test_the_claims_in_the_docs_are_those_of_its_studies(studies):
+    found = claims.claims(**{name: studies[name] for name in paper.PARTS})
+    assert claims.as_markdown(found) in (ROOT / "docs" / "claims.md").read_text()
 
 
 def test_it_is_served():

@@ -38,7 +38,8 @@ def judged(tmp_path, monkeypatch):
         fraction = study(
             tmp_path / "fraction", grid={"views.count": [2, 4, 8], "data.fraction": [1.0, 0.5, 0.25]}, points=2000, **how
         )
-        return claims.claims(projector, views, fraction)
+        recipe = study(tmp_path / "recipe", grid={"views.count": [2, 4]}, points=200, **how)
+        return claims.claims(projector, views, fraction, recipe)
 
     return judge
 
@@ -52,6 +53,9 @@ def test_what_is_so_is_shown(judged):
     assert slope.mean == pytest.approx(1.0)
     fewer = [claim for claim in found if claim.part == "c" and "m = 4" in claim.text and "minutes" in claim.text]
     assert fewer[0].verdict == "shown"
+    assert fewer[0].effect.mean == pytest.approx(2.0, rel=0.2)  # its error halves in half the time, but for noise
+    (again,) = (claim for claim in found if claim.part == "e" and "minutes" in claim.text)
+    assert (again.text, again.verdict, again.effect.n) == (fewer[0].text, "shown", 4)
     of_data = verdicts(found, "d")
     assert of_data["with 50% of the images, m = 4 is better than m = 2"] == "shown"
 
@@ -62,7 +66,7 @@ def test_what_is_the_other_way_round_is_opposite(judged):
     assert of_projector["with the best beta of each, d = 16 is as good as d = 256"] == "opposite"
     assert of_projector["d = 16 needs a larger beta than the best one of d = 256"] == "shown"
     assert verdicts(found, "d")["m = 4 with 50% of the images is as good as m = 2 with 100%"] == "opposite"
-    assert "shown" not in verdicts(found, "c").values()
+    assert "shown" not in (verdicts(found, "c") | verdicts(found, "e")).values()
 
 
 def test_few_seeds_show_nothing(tmp_path, monkeypatch):
@@ -71,6 +75,7 @@ def test_few_seeds_show_nothing(tmp_path, monkeypatch):
         {"model.projector_dim": D, "loss.beta": BETA},
         {"views.count": [2, 4]},
         {"views.count": [2, 4], "data.fraction": [1.0, 0.5]},
+        {"views.count": [2, 4]},
     )
     made = [study(tmp_path / str(i), grid=grid, **how) for i, grid in enumerate(grids)]
     found = claims.claims(*made)
