@@ -66,6 +66,8 @@ def run(arguments: list[str] | None = None) -> NoReturn:
     """`main` as a process. It ends at once: while the interpreter takes itself apart, threads of its libraries may abort it
     (one in eight packs on a busy machine), after all the work is done."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+        signal.signal(signal.SIGINT, _interrupt)
     code = main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -73,8 +75,8 @@ def run(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _interrupt(number: int, _frame: object) -> NoReturn:
-    """Ends a verb as Ctrl-C does, once: `timeout` sends the signal to the process and to its group."""
-    signal.signal(number, signal.SIG_IGN)
+    """Ends a verb, once: `timeout` sends the signal to the process and to its group. A second Ctrl-C waits for nothing."""
+    signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else lambda *_: os._exit(Stopped.exit_code))
     raise KeyboardInterrupt
 
 
@@ -83,7 +85,24 @@ def recipe_names(folder: Path = RECIPES) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def _read_recipe(name: str, *, folder: Path = RECIPES) -> dict[str, Any]:
+def _once() -> type:
+    """A safe loader of YAML that refuses a key that appears twice, of which the last would count."""
+    import yaml
+
+    class Once(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            own = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            seen: set[str] = set()
+            for key in own:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value[:100]} again", key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Once
+
+
+def read_recipe(name: str, *, folder: Path = RECIPES) -> dict[str, Any]:
     """The values of a recipe: the name of one that comes with ssl_ray, a YAML file, or a run (its configuration).
 
     folder: of those that come with ssl_ray; with STUDIES it is a study that is read.
@@ -110,7 +129,7 @@ def _read_recipe(name: str, *, folder: Path = RECIPES) -> dict[str, Any]:
         if len(text) > MAX_RECIPE:
             raise UsageError(f"{path}: no recipe, it has more than {MAX_RECIPE} characters.")
         _require_plain(text, path)
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _once())
     except SslRayError:
         raise
     except OSError as error:
@@ -144,7 +163,7 @@ def read_config(recipe: str | None, overrides: list[str]) -> Config:
     names_data = any(text.removeprefix("--").startswith("data.uri=") for text in overrides)
     if recipe is None and not names_data:
         recipe = "digits"
-    values = {} if recipe is None else _read_recipe(recipe)
+    values = {} if recipe is None else read_recipe(recipe)
     return config.build(values, overrides, source=recipe or "defaults")
 
 
@@ -322,7 +341,7 @@ def _runs_list(options: argparse.Namespace) -> Result:
 def _study_run(options: argparse.Namespace) -> Result:
     from ssl_ray.study import paper, prepare, run
 
-    values = _read_recipe(options.study, folder=STUDIES)
+    values = read_recipe(options.study, folder=STUDIES)
     small = values.pop("small", None)
     if options.small and small is None:
         raise UsageError(f"--small: {options.study} has no part `small`, which says what is smaller.")

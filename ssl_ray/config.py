@@ -43,7 +43,7 @@ def check_label(key: str, value: str | None) -> None:
     """Raises UsageError where it is no label of Ray's nodes."""
     part = r"[A-Za-z0-9]([-\w.]*[A-Za-z0-9])?"
     ok = value is None or re.fullmatch(rf"({part}/)?{part}={part}", value, re.ASCII) is not None
-    _check(ok, key, value, "KEY=VALUE, as ssl-ray/role=data, or null")
+    _check(ok, key, value, "KEY=VALUE, as ssl-ray/role=data")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ssl_ray import storage
+from ssl_ray.errors import DataError
+from ssl_ray.study.results import read_study
 
 DEMO = Path(__file__).parent / "demo.tar.xz"
 _READ = ("study.json", "summary.json", "trials/*/trial.json", "trials/*/run.json", "trials/*/metrics/*", "trials/*/evaluations/*")
@@ -30,6 +32,10 @@ def opened() -> Iterator[str]:
 
 
 def pack(studies: list[str]) -> None:
+    """Writes DEMO anew. Raises DataError where there is no study, or one that has not ended."""
+    for uri in studies:
+        if any(trial.state.status != "complete" for trial in read_study(uri).trials):
+            raise DataError(f"{uri}: not all of its trials are complete. Run `ssl-ray study resume {uri}` first.")
     with tarfile.open(DEMO, "w:xz", preset=9) as archive:
         for study in map(Path, studies):
             for path in sorted(path for pattern in _READ for path in study.glob(pattern)):

@@ -1,4 +1,4 @@
-"""The paper's claims (arXiv 2312.10725), judged by three studies of ours: a verdict is computed from an interval, never typed.
+"""The paper's claims (arXiv 2312.10725), judged by four studies of ours: a verdict is computed from an interval, never typed.
 
 Every effect is a mean over seeds of what two arms that share the seed differ by, so of the same images held out and the same
 initial weights where the shapes are equal; its interval is Student's over the seeds.

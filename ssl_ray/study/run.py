@@ -181,7 +181,7 @@ def run(uri: str, *, begin: Callable[[], Head] | None = None, progress: Progress
                 _tune(trials, Keeper(trials, asked, progress), asked=asked, progress=progress, trackers=trackers)
                 study = read_study(uri)
             if trials.open:
-                raise Stopped("stopped; `ssl-ray study resume` continues with what is missing.")
+                raise Stopped("stopped; the same command continues with what is missing.")
             return dataclasses.replace(study, summary=write_summary(uri, study))
 
 

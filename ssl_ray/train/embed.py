@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,6 +31,7 @@ ROWS = 1024
 """Most images whose features are made together, and so rows of a row group; never of two shards."""
 PIECE = 32
 """So many row groups are stored as one piece, from which what was stopped or killed goes on."""
+_NAME = re.compile(r"\d{8}-of-\d+\.parquet")
 MAX_IMAGES = 50_000
 """Images among which neighbours are looked for."""
 
@@ -65,7 +68,7 @@ def embed(
     uri: the weights, as `find_checkpoint` takes them.  each: how parts of shards are gone through.  Images that cannot be read
     are left out, and counted.  Columns and metadata stand in docs/formats.md.
     What is done is kept in `output`.parts until all is: called again after it was stopped or killed, it goes on from there.
-    Memory: a row group of at most ROWS images at a time, whatever the size of the data set; disk: the file, where TMPDIR says.
+    Memory: a piece at a time, whatever the size of the data set; disk: the file, where TMPDIR says.
     progress: called with the images that are done and all of them.
     """
     network, config, manifest, about = _opened(uri, data_uri)
@@ -75,7 +78,7 @@ def embed(
         raise DataError(f"{data_uri}: has no images.")
     kept = f"{output}.parts"
     pieces = {storage.join(kept, f"{i:08d}-of-{len(parts)}.parquet"): parts[i : i + PIECE] for i in range(0, len(parts), PIECE)}
-    there = {storage.join(kept, name) for name in storage.list_names(kept)}
+    there = {storage.join(kept, name) for name in storage.list_names(kept) if _NAME.fullmatch(name)}
     missing = [at for at in pieces if at not in there or _piece(at, about) is None]
     done = manifest.num_samples - sum(_count(manifest, part) for at in missing for part in pieces[at])
     made = each(functools.partial(_part, network, config, manifest), [part for at in missing for part in pieces[at]])
@@ -94,14 +97,18 @@ def embed(
                 piece = _piece(at, about)
                 if piece is None:
                     raise DataError(f"{at}: changed while it was read. Do it again.")
-                for table in map(piece.read_row_group, range(piece.num_row_groups)):
+                for table in piece:
                     rows += len(table)
                     if len(table):
                         write(table)
         if not rows:
             raise DataError(f"{data_uri}: none of its images can be read. Run `ssl-ray data check {data_uri}`.")
         storage.upload(local, output)
-    storage.remove(kept)
+    for at in {*pieces, *there}:
+        storage.remove(at)
+    if storage.is_local(kept):
+        with contextlib.suppress(OSError):  # something else is in it
+            os.rmdir(storage.absolute(kept))
     return {"written": output, "images": rows, "unreadable": manifest.num_samples - rows} | _short(about)
 
 
@@ -116,7 +123,7 @@ def _written(local: str) -> Iterator[Callable[[pa.Table], None]]:
 
     def write(table: pa.Table) -> None:
         nonlocal writer
-        writer = writer or pq.ParquetWriter(local, table.schema, compression="zstd")
+        writer = writer or pq.ParquetWriter(local, table.schema, compression="zstd", write_page_checksum=True)
         writer.write_table(table)
 
     with storage.storage_errors(local, "writing the features"):
@@ -127,13 +134,14 @@ def _written(local: str) -> Iterator[Callable[[pa.Table], None]]:
                 writer.close()
 
 
-def _piece(at: str, about: dict[str, Any]) -> pq.ParquetFile | None:
-    """A stored piece of features; None where it is damaged, or of other weights or data."""
+def _piece(at: str, about: dict[str, Any]) -> list[pa.Table] | None:
+    """The row groups of a stored piece of features; None where it is damaged, or of other weights or data."""
     try:
-        found = pq.ParquetFile(pa.BufferReader(storage.read_bytes(at)))
-    except pa.ArrowException:
+        found = pq.ParquetFile(pa.BufferReader(storage.read_bytes(at)), page_checksum_verification=True)
+        tables = [found.read_row_group(i) for i in range(found.num_row_groups)]
+    except (pa.ArrowException, OSError):  # OSError: pyarrow's for what it cannot read
         return None
-    return found if (found.schema_arrow.metadata or {}).get(b"ssl_ray") == json.dumps(about).encode() else None
+    return tables if (found.schema_arrow.metadata or {}).get(b"ssl_ray") == json.dumps(about).encode() else None
 
 
 def _part(network: Network, config: Config, manifest: Manifest, part: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -44,6 +44,7 @@ def test_a_wrong_configuration_is_named_with_what_was_expected(cli, arguments, p
         ("- views", ["got list, expected keys and values"]),
         ("views: {count: [1", ["not YAML (line 1, column 18: "]),
         ("views: \0", ["not YAML"]),
+        ("train: {batch: 8}\nviews: {count: 2}\ntrain: {steps: 9}", ["not YAML (line 3, column 1: the key train again)"]),
     ],
 )
 def test_a_wrong_recipe_is_named_with_its_file(cli, tmp_path, text, parts):

@@ -66,7 +66,7 @@ class Killed(Exception):
     """What ends a process that makes features."""
 
 
-@pytest.mark.parametrize("damage", [False, True])
+@pytest.mark.parametrize("damage", [None, "cut", "flipped"])
 def test_what_was_killed_goes_on_from_the_pieces_that_are_whole(trained, packed, tmp_path, monkeypatch, damage):
     monkeypatch.setattr("ssl_ray.train.embed.ROWS", 10)
     monkeypatch.setattr("ssl_ray.train.embed.PIECE", 2)
@@ -93,14 +93,19 @@ def test_what_was_killed_goes_on_from_the_pieces_that_are_whole(trained, packed,
     assert not (tmp_path / "again.parquet").exists()
     pieces = sorted((tmp_path / "again.parquet.parts").iterdir())
     assert len(pieces) == 2
-    if damage:
-        pieces[0].write_bytes(pieces[0].read_bytes()[:-100])
+    data = pieces[0].read_bytes()
+    if damage == "cut":
+        pieces[0].write_bytes(data[:-100])
+    if damage == "flipped":
+        pieces[0].write_bytes(data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
+    (pieces[0].parent / "mine.txt").write_text("not ours")
     before = len(made)
     done = run("again.parquet", counting)
     assert len(made) - before == len(done) == total - (2 if damage else 4)
     assert done[-1] == (96, 96)
     assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
-    assert not (tmp_path / "again.parquet.parts").exists()
+    assert [path.name for path in (tmp_path / "again.parquet.parts").iterdir()] == ["mine.txt"]
+    assert not (tmp_path / "whole.parquet.parts").exists()
 
 
 def test_pieces_of_other_data_are_not_taken(trained, packed, with_bad_image, tmp_path, monkeypatch):

@@ -4,10 +4,9 @@ import math
 from pathlib import Path
 
 import pytest
-import yaml
 
 from ssl_ray import config
-from ssl_ray.cli import STUDIES, read_config
+from ssl_ray.cli import STUDIES, read_config, read_recipe
 from ssl_ray.errors import UsageError
 from ssl_ray.study import spec
 from ssl_ray.study.schema import trial_config
@@ -137,7 +136,7 @@ def test_names_tell_the_setting_and_are_safe():
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("small", [False, True])
 def test_the_studies_that_come_along_are_studies(path: Path, small: bool):
-    values = yaml.safe_load(path.read_text())
+    values = read_recipe(path.stem, folder=STUDIES)
     part = values.pop("small")
     values |= part if small else {}
     for study in values.get("parts", {"": values}).values():
