@@ -85,8 +85,8 @@ def recipe_names(folder: Path = RECIPES) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def _once() -> type:
-    """A safe loader of YAML that refuses a key that appears twice, of which the last would count."""
+def _read_yaml(text: str) -> Any:
+    """What PyYAML's safe loader makes of it, but that a key that appears twice, of which the last would count, is refused."""
     import yaml
 
     class Once(yaml.SafeLoader):
@@ -99,7 +99,11 @@ def _once() -> type:
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
-    return Once
+    loader = Once(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def read_recipe(name: str, *, folder: Path = RECIPES) -> dict[str, Any]:
@@ -107,7 +111,6 @@ def read_recipe(name: str, *, folder: Path = RECIPES) -> dict[str, Any]:
 
     folder: of those that come with ssl_ray; with STUDIES it is a study that is read.
     """
-    import yaml
 
     known = recipe_names(folder)
     path = folder / f"{name}.yaml" if name in known else Path(name)
@@ -129,7 +132,7 @@ def read_recipe(name: str, *, folder: Path = RECIPES) -> dict[str, Any]:
         if len(text) > MAX_RECIPE:
             raise UsageError(f"{path}: no recipe, it has more than {MAX_RECIPE} characters.")
         _require_plain(text, path)
-        values = yaml.load(text, _once())
+        values = _read_yaml(text)
     except SslRayError:
         raise
     except OSError as error:
