@@ -91,9 +91,8 @@ def _read_yaml(text: str) -> Any:
 
     class Once(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            own = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
             seen: set[str] = set()
-            for key in own:
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"the key {key.value[:100]} again", key.start_mark)
                 seen.add(key.value)
@@ -111,7 +110,6 @@ def read_recipe(name: str, *, folder: Path = RECIPES) -> dict[str, Any]:
 
     folder: of those that come with ssl_ray; with STUDIES it is a study that is read.
     """
-
     known = recipe_names(folder)
     path = folder / f"{name}.yaml" if name in known else Path(name)
     try:

@@ -220,10 +220,15 @@ def _logs_of(folder: Path, uri: str) -> list[str]:
     ours = [name for name in names if name.startswith(f"ssl-ray-{start}-") and _is_of(folder / name, uri)]
     if not ours:
         return []
-    processes = {found[1] for found in map(_OURS.search, ours) if found}
-    theirs = [name for name in names if (found := _PROCESS.match(name)) and found[1] in processes]
+    theirs = _of_same_processes(names, ours)
     train = [f"train/{name}" for name in _listed(folder / "train") if f"{start}-".encode() in _end_of(folder / "train" / name)]
     return [*ours, *theirs, *train, *(name for name in names if name in _NODE_LOGS)]
+
+
+def _of_same_processes(names: list[str], ours: list[str]) -> list[str]:
+    """Ray's own logs of the processes that wrote ours."""
+    processes = {found[1] for found in map(_OURS.search, ours) if found}
+    return [name for name in names if (found := _PROCESS.match(name)) and found[1] in processes]
 
 
 def _listed(folder: Path) -> list[str]:
@@ -316,8 +321,7 @@ def _logs_of_node(client: Any, node: dict[str, Any], uri: str) -> list[str]:
     names, start = _names(client, node, "*"), logs.short_name(uri)
     ended = {name: _last_line(client, node, name) for name in names if name.startswith(f"ssl-ray-{start}-")}
     ours = [name for name in _newest(ended) if ended[name].get("run") == without_secrets(uri)][-MOST_PROCESSES:]
-    processes = {found[1] for found in map(_OURS.search, ours) if found}
-    theirs = [name for name in names if (found := _PROCESS.match(name)) and found[1] in processes]
+    theirs = _of_same_processes(names, ours)
     trained = {name: _last_line(client, node, name) for name in (_names(client, node, "train/*") if ours else ())}
     train = [name for name in _newest(trained) if str(trained[name].get("run_name")).startswith(f"{start}-")]
     of_node = [name for name in names if name in _NODE_LOGS] if ours or HEAD in node["resources_total"] else []

@@ -147,7 +147,7 @@ def _piece(at: str, about: dict[str, Any]) -> list[pa.Table] | None:
 def _part(network: Network, config: Config, manifest: Manifest, part: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """h [B, D] of a part of a shard, and their rows [B] in that."""
     shard, first = part
-    rows = np.arange(first, min(first + ROWS, int(manifest.counts[shard])))
+    rows = np.arange(first, first + _count(manifest, part))
     chosen = Chosen(manifest, np.full(len(rows), shard), rows, None)
     h, positions = encoded(network, chosen, config, slice(None))
     return h, rows[positions]
