@@ -307,11 +307,15 @@ def _submit(options: argparse.Namespace) -> Result:
     given = _parse(options.command)  # what is wrong with it is said here, before anything is uploaded
     if given.verb not in _JOBS:
         raise UsageError(f"submit: {options.command[0]} does not run as a job. There are: {', '.join(_JOBS.values())}.")
-    if given.verb is _pretrain:
-        read_config(given.config, given.overrides)
+    where, run = options.working_dir, None
     file = getattr(given, "config", None) or getattr(given, "study", None)
-    if file is not None and options.working_dir is None and Path(file).is_file():
+    if file is not None and where is None and Path(file).is_file():
         raise UsageError(f"{file} is a file of this machine.\nGive --working-dir with a folder that holds it, which is uploaded.")
+    if where is not None and not Path(where).is_dir():
+        raise UsageError(f"--working-dir {where}: no folder.")
+    if given.verb is _pretrain:
+        with contextlib.chdir(where or "."):  # in which the job runs
+            run = read_config(given.config, given.overrides).run
 
     def say(text: str) -> None:
         print(shown(text), file=sys.stderr, flush=True)
@@ -319,10 +323,8 @@ def _submit(options: argparse.Namespace) -> Result:
     def write(text: str) -> None:
         print(text, end="", file=sys.stderr, flush=True)
 
-    where, follow = options.working_dir, not options.no_follow
-    done = submit.submit(
-        options.command, address=options.address, working_dir=where, uv=options.uv, follow=follow, show=say, write=write
-    )
+    how = {"working_dir": where, "uv": options.uv, "follow": not options.no_follow}
+    done = submit.submit(options.command, run=run, address=options.address, **how, show=say, write=write)
     return done, console.record
 
 

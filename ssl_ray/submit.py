@@ -32,6 +32,7 @@ _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 def submit(
     command: list[str],
     *,
+    run: str | None,
     address: str,
     working_dir: str | None,
     uv: bool,
@@ -41,6 +42,7 @@ def submit(
 ) -> dict[str, Any]:
     """Submits `ssl-ray COMMAND` to the cluster whose dashboard is at `address`, or finds it running there; follows it.
 
+    run: that the command trains, as the job finds it: it has one job at a time, whatever the command.
     working_dir: a folder to upload, whose files the command finds; None: the image has all it needs.
     uv: make the environment with uv from pyproject.toml and uv.lock of that folder.
     show: told what happens here.  write: given what the job prints.
@@ -53,7 +55,7 @@ def submit(
     client = connected(address)
     entry = shlex.join([*(["uv", "run", "--frozen"] if uv else []), "python", "-m", "ssl_ray", *command])
     with errors_of(address):
-        name, is_there = _name(client, command)
+        name, is_there = _name(client, command, run)
         if not is_there:
             if files is not None:
                 show(f"uploading {working_dir}: {len(files)} files, {_mib(sum(files.values()))} MiB")
@@ -77,13 +79,11 @@ def use_token() -> None:
 def packed(folder: str, *, uv: bool) -> dict[str, int]:
     """The files that would be uploaded, and their bytes: Ray leaves out .git, environments, what .rayignore and .gitignore name.
 
-    Raises UsageError if there is no such folder, they are too many bytes, or uv lacks its files.
+    Raises UsageError if they are too many bytes, or uv lacks its files.
     """
     from ray._private.runtime_env import packaging  # what Ray itself counts
 
     at = Path(folder)
-    if not at.is_dir():
-        raise UsageError(f"--working-dir {folder}: no folder.")
     for name in ("pyproject.toml", "uv.lock") if uv else ():
         if not (at / name).is_file():
             raise UsageError(f"--uv: {at / name} is not there.\nMake it (`uv lock`), or leave --uv out where the image has all.")
@@ -163,9 +163,9 @@ def errors_of(address: str) -> Any:
         raise ResourceError(f"{address}: {text}\nCheck that the cluster runs and the tunnel to its dashboard is open.") from error
 
 
-def _name(client: Any, command: list[str]) -> tuple[str, bool]:
+def _name(client: Any, command: list[str], run: str | None) -> tuple[str, bool]:
     """The name of the job, and whether it runs already."""
-    first = f"ssl-ray-{command[0]}-{config.canonical_hash(_subject(command))[:10]}"
+    first = f"ssl-ray-{command[0]}-{config.canonical_hash(_subject(command, run))[:10]}"
     numbers = {}
     for job in client.list_jobs():
         head, _, number = (job.submission_id or "").rpartition("-")
@@ -177,10 +177,8 @@ def _name(client: Any, command: list[str]) -> tuple[str, bool]:
     return f"{first}-{newest + 1}", False
 
 
-def _subject(command: list[str]) -> dict[str, Any]:
-    """What there is to be one job of at a time: the run that a pretraining names, else the command."""
-    places = [word for word in command if word.removeprefix("--").startswith("run=")]
-    run = config.build({}, places).run if command[0] == "pretrain" else None
+def _subject(command: list[str], run: str | None) -> dict[str, Any]:
+    """What there is to be one job of at a time: the run, else the command."""
     if run is None:
         return {"command": _sorted(command)}
     # A relative path is one of the job's, wherever the client is.

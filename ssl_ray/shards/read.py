@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
+from zlib_ng import zlib_ng
 
 from ssl_ray import storage
 from ssl_ray.errors import DataError
@@ -203,7 +204,7 @@ def _verify(request: _Request, data: bytes, base: int, answer: _Answer) -> np.nd
     """
     view, starts, stops = memoryview(data), request.offsets - base, request.offsets - base + request.sizes
     images = [view[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-    changed = np.fromiter(map(zlib.crc32, images), np.uint32, len(images)) != request.crc32
+    changed = np.fromiter(map(zlib_ng.crc32, images), np.uint32, len(images)) != request.crc32
     wrong = np.where(stops > len(data), SHORT, np.where(changed, CHANGED, ""))
     good = wrong == ""
     answer.found += zip(request.positions[good].tolist(), itertools.compress(images, good.tolist()), strict=True)

@@ -159,6 +159,10 @@ def test_a_recipe_that_is_a_file_comes_with_its_folder(client, tmp_path: Path):
     assert code == 0, err
     assert "2 files, 0.0 MiB" in err
     assert len(records(tmp_path / "run")) == 3
+    # From elsewhere too: the job, and so this side, reads small.yaml in its folder.
+    line = ["-c", "small.yaml", *KEYS, f"run={tmp_path / 'other'}", "--working-dir", str(tmp_path / "mine")]
+    assert submit(client, "pretrain", *line).ok().err.count("2 files, 0.0 MiB") == 1
+    assert len(records(tmp_path / "other")) == 3
 
 
 def in_folder(folder: Path, client: dict[str, str], *arguments: str) -> tuple[int, str, str]:

@@ -152,8 +152,10 @@ def submitted(dashboard: Dashboard, command: list[str], folder: Path | None = No
     """What is said, and what the job prints."""
     said: list[str] = []
     where = None if folder is None else str(folder)
+    runs = [word.partition("=")[2] for word in command if word.removeprefix("--").startswith("run=")]
     submit.submit(
         command,
+        run=runs[-1] if runs and runs[-1] != "null" else None,
         address=dashboard.address,
         working_dir=where,
         uv=False,
@@ -230,6 +232,16 @@ def test_the_same_run_has_one_job_at_a_time_whatever_the_line(dashboard):
     dashboard.end_all()
     assert name_in(submitted(dashboard, [verb, run, "train.workers=1", seed])) == f"{name[:-1]}2"
     assert name_in(submitted(dashboard, [verb, "run=s3://bucket/runs/b", workers, seed]))[:-1] != name[:-1]
+
+
+def test_a_run_that_the_recipe_names_is_the_same_one(dashboard, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "small.yaml").write_text("run: s3://bucket/runs/a\n")
+    name = name_in(submitted(dashboard, RUN))
+    line = ["submit", "pretrain", "-c", "small.yaml", "--working-dir", str(tmp_path / "mine"), "--address", dashboard.address]
+    ssl_ray({}, *line).refused(4, f"{name} runs already, with")
+    dashboard.end_all()
+    assert f"{name[:-1]}2 submitted" in ssl_ray({}, *line, "--no-follow").ok().err
 
 
 def test_without_a_run_the_order_of_keys_makes_no_other_job_but_that_of_places_does(dashboard):
