@@ -142,12 +142,10 @@ class Soak:
                         yield process
 
     def disturb(self, until: float) -> None:
-        """Four faults of the store and the network for each kill, until then."""
+        """Whole rounds, of four faults of the store and the network and a kill, until then."""
         kills = [self.kill_worker, self.kill_driver, self.kill_node, self.kill_worker, self.terminate_raylet]
         while time.monotonic() < until:
             for fault in [*_some(self), kills[self.kills % len(kills)]]:
-                if time.monotonic() >= until:
-                    return
                 before = self.newest()
                 self.kills += fault in kills
                 fault()
@@ -215,7 +213,7 @@ def soak(folder: Path, *, minutes: float, seed: int) -> dict:
             disturbed = Soak(server, between, nodes, folder / "driver.log", random.Random(seed))
             begun = time.monotonic()
             disturbed.await_step(5)
-            disturbed.disturb(begun + 60 * minutes)
+            disturbed.disturb(time.monotonic() + 60 * minutes)
             between.rules = []
             disturbed.driver.terminate()
             disturbed.driver.wait(120)

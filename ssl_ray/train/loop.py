@@ -278,7 +278,8 @@ def train(
             if agreed.error:
                 error = next(filter(None, gather_objects(error, group=group)))
             if error is None and agreed.stop:
-                error = Stopped(f"stopped after step {step} with a checkpoint; the same command continues.")
+                where = f"after step {step} with a checkpoint" if step else "before the first step"
+                error = Stopped(f"stopped {where}; the same command continues.")
             if error is not None:
                 if step > saved and (writer is None or writer.error is None):
                     save(step)
