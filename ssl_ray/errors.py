@@ -17,7 +17,7 @@ import re
 
 MAX_LINES, MAX_LINE = 3, 1000
 """Of a message as it is printed; the head and the end of a longer line stay."""
-_USER_INFO = re.compile(r"(?<=://)([^/\s]*|[^/\s:]*:(?!\d+/)\S*)@")
+USER_INFO = re.compile(r"(?<=://)([^/\s]*|[^/\s:]*:(?!\d+/)\S*)@")
 """Keys of S3 may hold a slash, unlike those of a correct URI; what has a port is no password."""
 _SECRET_PARAMETER = re.compile(
     r"(?<=[?&;])((?:x-(?:amz|goog)-)?(?:signature|credential|security-token)|awsaccesskeyid|sig|(?:access_?)?token|secret|password)"
@@ -35,7 +35,7 @@ _LEAST_SECRET = 8
 
 def without_secrets(text: str) -> str:
     """`text` with *** for users and passwords in URIs, signatures and tokens in their queries, and secrets of the environment."""
-    text = _SECRET_PARAMETER.sub(r"\1=***", _USER_INFO.sub("***@", text))
+    text = _SECRET_PARAMETER.sub(r"\1=***", USER_INFO.sub("***@", text))
     text = _ACCOUNT_KEY.sub(r"\1***", text)
     for name, value in os.environ.items():
         if len(value) >= _LEAST_SECRET and value in text and _SECRET_VARIABLE.search(name):

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from ssl_ray.errors import DataError, ResourceError, UsageError
+from ssl_ray.errors import USER_INFO, DataError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -59,6 +59,8 @@ def absolute(uri: str) -> str:
         given = f"the path {uri!r}" if uri else "an empty path"
         raise UsageError(f"{given} was given, expected a folder or a URI such as s3://bucket/name.")
     protocol, _, path = uri.partition("://")
+    if not is_local(uri) and USER_INFO.search(uri):  # which errors of the clients would repeat in forms of their own
+        raise UsageError(f"{uri}: a user or password in it. Leave it out: environment and AWS files have them.")
     if not is_local(uri) and not protocol.startswith("http") and {"", ".", ".."} & set(path.rstrip("/").split("/")):
         raise UsageError(f"{uri}: a name in it is empty, . or .., expected a URI such as s3://bucket/name.")
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://"))) if is_local(uri) else uri.rstrip("/")
@@ -227,6 +229,13 @@ def write_atomic(uri: str, data: bytes) -> None:
             return
         with _replacing(path) as file:
             file.write(data)
+
+
+def require_writable(uri: str) -> None:
+    """Raises DataError where `uri` cannot be written to, before the work of hours and not after."""
+    probe = join(uri, ".writing-test")
+    write_atomic(probe, b"")
+    remove(probe)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,6 @@ from ssl_ray.shards.manifest import (
     is_gzip,
     load_manifest,
     renumber_labels,
-    require_writable,
     write_manifest,
 )
 from ssl_ray.shards.select import sample_hash
@@ -292,7 +291,7 @@ def index(
     names, output = shard_names(uri), output or uri
     earlier = _manifest_at(uri) or _manifest_at(output)
     try:
-        require_writable(output)
+        storage.require_writable(output)
     except DataError as error:
         raise DataError(f"{error} Manifest and index may lie elsewhere: -o OTHER_URI.") from error
     return write_data_set(

@@ -263,13 +263,6 @@ def _part_uris(uri: str) -> list[str]:
     return [storage.join(uri, "index", name) for name in names if re.fullmatch(r"part-\d+[.]parquet", name)]
 
 
-def require_writable(uri: str) -> None:
-    """Raises DataError where `uri` cannot be written to, before the work of hours and not after."""
-    probe = storage.join(uri, ".writing-test")
-    storage.write_atomic(probe, b"")
-    storage.remove(probe)
-
-
 def clear(uri: str) -> None:
     """Removes the manifest first, so that nothing is believed, then the index and the list of bad samples."""
     for at in (storage.join(uri, "manifest.parquet"), storage.join(uri, "bad.parquet"), *_part_uris(uri)):
@@ -356,13 +349,19 @@ def _open_part(manifest: Manifest, part: int) -> pq.ParquetFile:
         try:
             # pyarrow asks for exactly the ranges of the row groups, so that nothing need be read ahead
             file = storage.ask(at, lambda: pq.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True))
+        except FileNotFoundError as error:
+            raise DataError(f"{at}: not there. {_remake(manifest)}") from error
         except (pa.ArrowException, ValueError) as error:
             raise DataError(f"{at}: damaged ({storage.one_line(error)}). {_remake(manifest)}") from error
     if not file.schema_arrow.equals(INDEX_SCHEMA):
         raise DataError(f"{at}: damaged: its columns are others. {_remake(manifest)}")
     counts = manifest.counts[part * manifest.shards_per_part : (part + 1) * manifest.shards_per_part]
-    if file.metadata.num_rows != counts.sum() or file.metadata.num_row_groups != _groups(counts).sum():
-        raise DataError(f"{at}: holds {file.metadata.num_rows} samples, the manifest has {counts.sum()}. {_remake(manifest)}")
+    for what, found, expected in (
+        ("samples", file.metadata.num_rows, counts.sum()),
+        ("row groups", file.metadata.num_row_groups, _groups(counts).sum()),
+    ):
+        if found != expected:
+            raise DataError(f"{at}: holds {found} {what}, expected {expected} by the manifest. {_remake(manifest)}")
     return file
 
 

@@ -13,7 +13,7 @@ from ssl_ray.each import Each, in_threads
 from ssl_ray.errors import DataError, SslRayError, UsageError
 from ssl_ray.philox import PACK_ORDER, permutation
 from ssl_ray.shards.index import SUFFIXES, Progress, ShardIndex, index_shard, write_data_set
-from ssl_ray.shards.manifest import Manifest, clear, require_writable
+from ssl_ray.shards.manifest import Manifest, clear
 from ssl_ray.shards.sources import Source
 
 _READ_AT_ONCE = 64
@@ -48,7 +48,7 @@ def pack(
     there = [name for name in storage.list_names(uri) if name.endswith(SUFFIXES) or name == "manifest.parquet"]
     if there and not overwrite:
         raise UsageError(f"{uri}: there are shards already ({there[0]}). Use another place, or --overwrite to replace them.")
-    require_writable(uri)
+    storage.require_writable(uri)
     clear(uri)
     for name in there:
         storage.remove(storage.join(uri, name))

@@ -2,11 +2,12 @@
 
 CHECKPOINT/weights.safetensors    state_dict of encoder and projector (names `encoder.*`, `projector.*`)
 CHECKPOINT/optimizer.safetensors  `INDEX.NAME` for each parameter's state (INDEX in the order of parameters())
-CHECKPOINT/state.json             step, and the counters that continue
+CHECKPOINT/state.json             step, the counters that continue, and the sha256 of the other two
 """
 
 import dataclasses
 import difflib
+import hashlib
 from typing import Any
 
 import torch
@@ -46,9 +47,12 @@ def first_bad_weight(shot: Snapshot) -> str | None:
 
 def write_checkpoint(uri: str, shot: Snapshot) -> None:
     """Writes the files below `uri`; it counts only when the marker names it."""
-    storage.write_atomic(storage.join(uri, "weights.safetensors"), save(shot.weights))
-    storage.write_atomic(storage.join(uri, "optimizer.safetensors"), save(shot.optimizer))
-    runs.write_json(storage.join(uri, "state.json"), {"step": shot.step} | shot.state)
+    digests = {}
+    for name, tensors in (("weights.safetensors", shot.weights), ("optimizer.safetensors", shot.optimizer)):
+        data = save(tensors)
+        digests[name] = hashlib.sha256(data).hexdigest()
+        storage.write_atomic(storage.join(uri, name), data)
+    runs.write_json(storage.join(uri, "state.json"), {"step": shot.step, "sha256": digests} | shot.state)
 
 
 RESTORE = "Restore it, or begin another run; train.init_from=RUN/checkpoints/NAME begins with the weights of an older checkpoint."
@@ -60,8 +64,15 @@ def _require(uri: str) -> None:
 
 
 def _load_tensors(uri: str) -> dict[str, Tensor]:
+    """Of a safetensors file: where it is one of a checkpoint, its bytes must be those that were written."""
     _require(uri)
     data = storage.read_bytes(uri)
+    folder, _, name = uri.rpartition("/")
+    state_uri = storage.join(folder, "state.json")
+    state = runs.read_json(state_uri) if storage.exists(state_uri) else {}
+    written = state["sha256"].get(name) if isinstance(state.get("sha256"), dict) else None
+    if written is not None and written != hashlib.sha256(data).hexdigest():
+        raise DataError(f"{uri}: damaged: its bytes are others than were written (sha256). {RESTORE}")
     try:
         return load(data)
     except Exception as error:
@@ -69,10 +80,11 @@ def _load_tensors(uri: str) -> dict[str, Tensor]:
 
 
 def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts the checkpoint at `uri` into the network and the optimiser; returns state.json."""
+    """Puts the checkpoint at `uri` into the network and the optimiser; returns state.json but for its checksums."""
     state_uri = storage.join(uri, "state.json")
     _require(state_uri)
     state = runs.read_json(state_uri)
+    state.pop("sha256", None)
     load_weights(uri, network)
     parameters = list(network.parameters())
     slots: dict[int, dict[str, Tensor]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_ray import __version__, shards
+from ssl_ray import __version__, shards, storage
 from ssl_ray.config import Config, canonical_hash
 from ssl_ray.each import Each, in_turn
 from ssl_ray.errors import DataError, UsageError
@@ -71,6 +71,7 @@ def evaluate_protocols(
     needing = [name for name in names if name not in protocols.WITHOUT_LABELS]
     if needing and (train.labels is None or test.labels is None or len(np.unique(train.labels)) < 2):
         raise DataError(f"{used.uri}: {needing[0]} needs labels of two classes or more, of training and of test images.")
+    storage.require_writable(storage.join(run, "evaluations"))
     frozen = _Frozen(frozen_network(run, config, checkpoint=checkpoint), config, train, test, each)
     at = None if checkpoint is None else runs.checkpoint_step(checkpoint)
     about = {

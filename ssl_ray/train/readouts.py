@@ -106,6 +106,7 @@ def evaluate_run(uri: str, *, checkpoint: str | None, threads: int = 1, each: Ea
 def evaluate_checkpoint(uri: str, *, step: int | None, untrained: bool, each: Each = in_turn) -> dict[str, Any]:
     """The read-outs of what `find_checkpoint` finds."""
     run, checkpoint = find_checkpoint(uri, step=step, untrained=untrained)
+    storage.require_writable(storage.join(run, "evaluations"))
     return evaluate_run(run, checkpoint=checkpoint, each=each)
 
 

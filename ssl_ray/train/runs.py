@@ -170,6 +170,8 @@ def read_marker(uri: str) -> Marker:
             raise TypeError("a value of another type")
         if marker.step < 0 or (marker.checkpoint is None) != (marker.step == 0):
             raise ValueError("a step without a checkpoint")
+        if marker.checkpoint is not None and not re.fullmatch(r"\d+-[\w-]+", marker.checkpoint):
+            raise ValueError("no name of a checkpoint")
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{at}: damaged, it does not name a checkpoint. {_remedy(uri)}") from error
     return marker

@@ -292,6 +292,9 @@ def test_a_password_in_a_place_is_not_repeated(cli):
         ("data", "stats", f"nosuch://user:{secret}@host/x"),
         ("config", "show", f"data.uri=s3://user:{secret}@bucket/x"),
         ("runs", "list", f"nosuch://user:{secret}@host/x"),
+        ("data", "stats", f"s3://user:{secret}@bucket/x"),
+        ("evaluate", f"s3://user:{secret}@bucket/x"),
+        ("runs", "list", f"s3://user:{secret}/more@bucket/x"),
     ):
         done = cli(*arguments)
         assert done.code in (2, 3)

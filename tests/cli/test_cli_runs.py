@@ -156,6 +156,34 @@ def test_a_damaged_checkpoint_is_named(pretrain, cli, packed, tmp_path, trained,
     pretrain(f"data.uri={packed}", f"run={uri}").refused(3, str(at), "Restore it")
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors"])
+def test_a_bit_that_changed_in_a_checkpoint_is_noticed(pretrain, cli, packed, tmp_path, trained, name):
+    uri = Path(shutil.copytree(trained, tmp_path / "run"))
+    (uri / "latest.json").write_text(json.dumps(marker(uri) | {"step": 4, "checkpoint": f"{4:010d}-{marker(uri)['attempt']}"}))
+    at = uri / "checkpoints" / marker(uri)["checkpoint"] / name
+    data = bytearray(at.read_bytes())
+    data[-2] ^= 64  # of the last number, which stays one
+    at.write_bytes(data)
+    (uri / "summary.json").unlink()
+    pretrain(f"data.uri={packed}", f"run={uri}").refused(3, str(at), "damaged", "Restore it")
+    if name == "weights.safetensors":
+        cli("evaluate", uri).refused(3, str(at), "damaged")
+
+
+def test_a_marker_that_leads_out_of_the_run_is_damaged(pretrain, cli, packed, tmp_path, trained):
+    uri = Path(shutil.copytree(trained, tmp_path / "run"))
+    (uri / "latest.json").write_text(json.dumps(marker(uri) | {"checkpoint": "../../elsewhere"}))
+    cli("evaluate", uri).refused(3, "latest.json: damaged")
+
+
+def test_read_outs_of_a_run_that_cannot_be_written_to_are_refused_before_the_work(cli, tmp_path, trained, tmpfs):
+    disk = tmpfs("size=20m")
+    uri = Path(shutil.copytree(trained, disk / "run"))
+    tmpfs("ro")
+    for protocol in ((), ("knn",)):
+        cli("evaluate", uri, *protocol).refused(3, "evaluations", "read-only")
+
+
 def test_a_run_without_a_checkpoint_cannot_be_read_out(cli, pretrain, packed, tmp_path):
     uri = tmp_path / "run"
     pretrain(f"data.uri={packed}", f"run={uri}", "optim.lr=1e30").refused(1, "is not finite at step")

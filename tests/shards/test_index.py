@@ -320,12 +320,12 @@ def test_a_manifest_of_a_million_shards_loads_in_seconds_and_within_700_mib(tmp_
             "format",
         ),
         (lambda folder: (folder / "index/part-00000.parquet").write_bytes(b"no"), r"part-00000\.parquet: damaged"),
-        (lambda folder: (folder / "index/part-00000.parquet").unlink(), r"part-00000\.parquet: not there"),
+        (lambda folder: (folder / "index/part-00000.parquet").unlink(), r"part-00000\.parquet: not there. Make it again"),
         (
             lambda folder: pq.write_table(
                 pq.read_table(folder / "index/part-00000.parquet")[:2], folder / "index/part-00000.parquet"
             ),
-            "holds 2 samples, the manifest has 3",
+            "holds 2 samples, expected 3 by the manifest",
         ),
     ],
 )
