@@ -648,7 +648,7 @@ def _at_least(low: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = int(text) if text.isdecimal() and len(text) < 19 else int(float(text)) if _POWER.fullmatch(text) else -1
         if not low <= value < 2**62:
-            raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of {low} or more")
+            raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of {low} or more, below 2**62")
         return value
 
     return number
