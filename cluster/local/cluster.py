@@ -76,8 +76,11 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def autoscaling(gcs: str, *, most: int, cpus: int, idle_s: float) -> dict[str, Any]:
-    """What the autoscaler reads. The node types have the labels of cluster/aws.yaml; most: hosts of each role."""
+def autoscaling(gcs: str, folder: Path, *, most: int, cpus: int, idle_s: float) -> dict[str, Any]:
+    """What the autoscaler reads. The node types have the labels of cluster/aws.yaml; most: hosts of each role.
+
+    folder: hosts have Ray folders of their own below it.
+    """
     hosts = {
         role: {
             "resources": {"CPU": cpus, "object_store_memory": STORE_BYTES},
@@ -107,6 +110,7 @@ def autoscaling(gcs: str, *, most: int, cpus: int, idle_s: float) -> dict[str, A
             "type": "external",
             "module": f"{loopback_hosts.__name__}.{loopback_hosts.LoopbackHosts.__name__}",
             "gcs_address": gcs,
+            "folder": str(folder),
             "head_node_id": HEAD_ID,
             "launch_multiple": True,
         },
@@ -256,7 +260,7 @@ def up(folder: Path, *, most: int, cpus: int, idle_s: float) -> None:
         file.write(secrets.token_hex(32))
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     gcs, url = f"{loopback_hosts.address(0)}:{ports['gcs']}", f"http://127.0.0.1:{ports['dashboard']}"
-    (folder / "autoscaling.json").write_text(json.dumps(autoscaling(gcs, most=most, cpus=cpus, idle_s=idle_s), indent=1))
+    (folder / "autoscaling.json").write_text(json.dumps(autoscaling(gcs, folder, most=most, cpus=cpus, idle_s=idle_s), indent=1))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [
         f"--node-ip-address={loopback_hosts.address(0)}",
@@ -332,7 +336,7 @@ def down(folder: Path, *, quiet: bool = False) -> None:
         raise SystemExit(f"These do not end: {', '.join(str(process.pid) for process in left)}.")
     if not quiet:
         (folder / "started.json").unlink(missing_ok=True)
-        print(f"Ended. Logs are in {folder}/ray/session_latest/logs until the next start.")
+        print(f"Ended. Logs are in {folder}/*/session_latest/logs until the next start.")
 
 
 def status(folder: Path) -> None:

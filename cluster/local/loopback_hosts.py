@@ -1,4 +1,5 @@
-"""The provider that Ray's autoscaler starts hosts of cluster.py with: nodes on this machine, each with its own loopback address.
+"""The provider that Ray's autoscaler starts hosts of cluster.py with: nodes on this machine, each with its own loopback address
+and its own folder of Ray's.
 
 It is Ray's own for tests, whose nodes would all have the machine's outer address, and the head's node type as their label.
 """
@@ -6,6 +7,7 @@ It is Ray's own for tests, whose nodes would all have the machine's outer addres
 import copy
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from ray._private.node import Node
@@ -40,6 +42,8 @@ class LoopbackHosts(FakeMultiNodeProvider):
                 node_ip_address=address(self._next_node_id),
                 gcs_address=self._gcs_address,
                 redis_address=self._gcs_address,
+                # In a folder that they share, a host that unpacks a job's working_dir first removes it from under the others.
+                temp_dir=str(Path(self.provider_config["folder"]) / f"h{self._next_node_id}"),
                 min_worker_port=0,
                 max_worker_port=0,
                 dashboard_agent_listen_port=0,

@@ -45,10 +45,11 @@ class Local:
         rows = self.get("/api/v0/nodes?detail=1")["data"]["result"]["result"]
         return {row["node_id"]: row["labels"]["ssl-ray/role"] for row in rows if row["state"] == "ALIVE"}
 
-    def submit(self, name: str, *command: str) -> None:
+    def submit(self, name: str, *command: str, working_dir: Path | None = None) -> None:
         """`ray job submit`, which returns at once."""
         asked = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", f"--address={self.url}"]
-        asked += [f"--submission-id={name}", "--no-wait", "--", sys.executable, *command]
+        asked += [f"--submission-id={name}", "--no-wait", *([f"--working-dir={working_dir}"] if working_dir else [])]
+        asked += ["--", sys.executable, *command]
         subprocess.run(asked, env=os.environ | self.env, check=True, capture_output=True, timeout=120)
 
     def state(self, name: str) -> str:

@@ -22,6 +22,18 @@ sweep:
 budget: {views: 12000}
 readouts: 3
 """
+MARKS = """
+import os, pathlib, ray
+
+ray.init(log_to_driver=False)
+mark = pathlib.Path("mark")
+mark.touch()
+where = {os.getcwd()}
+for role in ("data", "train"):
+    where.add(ray.get(ray.remote(lambda: os.getcwd()).options(label_selector={"ssl-ray/role": role}).remote()))
+assert mark.exists(), "another host removed the folder of this job"
+assert len(where) == 3, where
+"""
 KEYS = [*SMALL, "train.batch=32", "train.steps=30", "evaluate.max_images=50"]
 PLACED = ["train.label=ssl-ray/role=train", "data.label=ssl-ray/role=data"]
 
@@ -75,6 +87,13 @@ def test_workers_and_tasks_land_on_nodes_with_their_labels_which_come_for_them(c
     code, _, err = run("pretrain", f"run={tmp_path / 'here'}", "train.workers=0", *KEYS)
     assert code == 0, err
     assert digests(uri) == digests(tmp_path / "here")
+
+
+def test_the_files_of_a_job_stay_when_hosts_come_that_unpack_them_too(cluster: Local, tmp_path: Path):
+    cluster.until(lambda: alone(cluster), "the end of nodes of other tests")
+    (tmp_path / "marks.py").write_text(MARKS)
+    cluster.submit("marks", "marks.py", working_dir=tmp_path)
+    cluster.until(lambda: cluster.state("marks") == "SUCCEEDED", "the end of the job", job="marks")
 
 
 @pytest.mark.parametrize(
