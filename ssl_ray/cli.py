@@ -309,13 +309,19 @@ def _submit(options: argparse.Namespace) -> Result:
         raise UsageError(f"submit: {options.command[0]} does not run as a job. There are: {', '.join(_JOBS.values())}.")
     where, run = options.working_dir, None
     file = getattr(given, "config", None) or getattr(given, "study", None)
+    if where is not None and (not where or not Path(where).is_dir()):
+        raise UsageError(f"--working-dir {where or repr(where)}: no folder.")
     if file is not None and where is None and Path(file).is_file():
         raise UsageError(f"{file} is a file of this machine.\nGive --working-dir with a folder that holds it, which is uploaded.")
-    if where is not None and not Path(where).is_dir():
-        raise UsageError(f"--working-dir {where}: no folder.")
-    if given.verb is _pretrain:
-        with contextlib.chdir(where or "."):  # in which the job runs
+    if file is not None and where is not None:
+        _require_uploaded(file, where, folder=STUDIES if given.verb is _study_run else RECIPES)
+    with contextlib.chdir(where or "."):  # in which the job runs
+        if given.verb is _pretrain:
             run = read_config(given.config, given.overrides).run
+        elif given.verb is _study_run and where is not None and not Path(given.study).is_absolute():
+            read_recipe(given.study, folder=STUDIES)
+    if where is not None and given.verb in (_pretrain, _study_run):
+        _require_kept(*(("run=", run) if given.verb is _pretrain else ("-o ", given.output)))
 
     def say(text: str) -> None:
         print(shown(text), file=sys.stderr, flush=True)
@@ -326,6 +332,32 @@ def _submit(options: argparse.Namespace) -> Result:
     how = {"working_dir": where, "uv": options.uv, "follow": not options.no_follow}
     done = submit.submit(options.command, run=run, address=options.address, **how, show=say, write=write)
     return done, console.record
+
+
+def _require_uploaded(file: str, where: str, *, folder: Path) -> None:
+    """Raises UsageError for a file of this machine that the job, which runs in its copy of the folder `where`, would not find.
+
+    folder: of what comes with ssl_ray.
+    """
+    at, here = Path(where).resolve(), Path(file).resolve()
+    there = Path(os.path.normpath(at / file))
+    if file in recipe_names(folder) or not (here.is_file() or there.is_file()):
+        return
+    if not Path(file).is_absolute() and there.is_file() and there.is_relative_to(at):
+        return
+    do = f"Write {here.relative_to(at)}" if here.is_relative_to(at) else f"Put it into {where} and write its path from there"
+    raise UsageError(f"{file}: not where the job looks for it, which runs in its copy of --working-dir {where}.\n{do}.")
+
+
+def _require_kept(key: str, place: str | None) -> None:
+    """Raises UsageError for a place of results within the job's copy of its folder, which Ray removes."""
+    if place is not None and (not storage.is_local(place) or os.path.isabs(os.path.expanduser(place.removeprefix("file://")))):
+        return
+    got = f"{key.strip()} is not given" if place is None else f"{key}{place} is a relative path"
+    raise UsageError(
+        f"{got}: results would lie in the job's copy of --working-dir, which Ray removes.\n"
+        f"Give {key}s3://BUCKET/NAME, or {key}/FOLDER, a path that all machines see."
+    )
 
 
 def _debug(options: argparse.Namespace) -> Result:

@@ -16,6 +16,7 @@ from harness import ROOT, finish, newest_step, records, start, wait_until
 from nodes import PACED, free_port, several_nodes
 
 KEYS = ["views.count=2", "views.size_px=8", "model.projector_dim=16", "evaluate.max_images=50", "checkpoint.every_steps=5"]
+RUN = "run=s3://bucket/runs/one"
 long = pytest.mark.long
 
 
@@ -125,7 +126,7 @@ def test_files_that_were_changed_while_their_job_runs_are_refused(client, tmp_pa
     line = [
         "pretrain",
         "-c",
-        str(recipe),
+        recipe.name,
         f"run={tmp_path / 'run'}",
         *KEYS,
         "--working-dir",
@@ -187,13 +188,14 @@ def test_what_cannot_be_submitted_is_refused_before_a_cluster_is_asked(tmp_path:
     submit(nowhere, "pretrain", "views.cuont=4").refused(2, "views.count")
     submit(nowhere, "doctor").refused(2, "does not run as a job", "study run")
     submit(nowhere).refused(2, "nothing to submit")
-    submit(nowhere, "pretrain", "--working-dir", str(tmp_path / "none")).refused(2, "no folder")
-    submit(nowhere, "pretrain", "--working-dir", str(tmp_path), "--uv").refused(2, "pyproject.toml")
+    for folder in (str(tmp_path / "none"), ""):
+        submit(nowhere, "pretrain", "--working-dir", folder).refused(2, "--working-dir", "no folder")
+    submit(nowhere, "pretrain", RUN, "--working-dir", str(tmp_path), "--uv").refused(2, "pyproject.toml")
     submit(nowhere, "pretrain", "--address", "127.0.0.1:8265").refused(2, "http://127.0.0.1:8265")
     (tmp_path / "big.bin").write_bytes(b"")
     os.truncate(tmp_path / "big.bin", 101 * 2**20)
     (tmp_path / "small").write_text("x")
-    submit(nowhere, "pretrain", "--working-dir", str(tmp_path)).refused(2, "101.0 MiB", "big.bin (101.0)", ".rayignore")
+    submit(nowhere, "pretrain", RUN, "--working-dir", str(tmp_path)).refused(2, "101.0 MiB", "big.bin (101.0)", ".rayignore")
     began = time.monotonic()
     submit(nowhere, "pretrain").refused(4, nowhere["RAY_API_SERVER_ADDRESS"], "cluster runs")
     assert time.monotonic() - began < 100

@@ -244,6 +244,41 @@ def test_a_run_that_the_recipe_names_is_the_same_one(dashboard, tmp_path):
     assert f"{name[:-1]}2 submitted" in ssl_ray({}, *line, "--no-follow").ok().err
 
 
+@pytest.mark.parametrize("place", [None, "runs/one", "file://one"])
+@pytest.mark.parametrize(("verb", "key"), [(["pretrain"], "run="), (["study", "run", "views"], "-o ")])
+def test_results_in_the_copy_of_a_folder_are_refused_before_it_is_uploaded(dashboard, tmp_path, verb, key, place):
+    line = ["submit", *verb, "--working-dir", str(tmp_path), "--address", dashboard.address, "--no-follow"]
+    given = [] if place is None else [f"{key}{place}"] if key == "run=" else [key.strip(), place]
+    said = f"{key}{place} is a relative path" if place else f"{key.strip()} is not given"
+    ssl_ray({}, *line, *given).refused(2, said, f"Give {key}s3://", "all machines see")
+    assert (dashboard.packages, dashboard.submissions) == ({}, 0)
+
+
+def test_a_run_in_a_folder_that_all_machines_see_is_submitted_with_files(dashboard, tmp_path):
+    line = ["--working-dir", str(tmp_path), "--address", dashboard.address, "--no-follow"]
+    ssl_ray({}, "submit", "pretrain", f"run={tmp_path / 'runs' / 'one'}", *line).ok()
+    ssl_ray({}, "submit", "pretrain", "run=runs/one", *line[2:]).ok()  # of an image, whose own folders are its maker's affair
+
+
+@pytest.mark.parametrize(("verb", "name"), [(["pretrain", "-c"], "run="), (["study", "run"], "-o")])
+def test_a_file_that_the_job_would_not_find_is_refused_before_it_is_uploaded(dashboard, tmp_path, monkeypatch, verb, name):
+    inside, beside = tmp_path / "mine" / "deep" / "in.yaml", tmp_path / "beside.yaml"
+    inside.parent.mkdir(parents=True)
+    for file in (inside, beside):
+        file.write_text("seed: 1\n")
+    monkeypatch.chdir(tmp_path)
+    kept = ["run=s3://bucket/runs/a"] if name == "run=" else [name, "s3://bucket/studies/a"]
+    line = ["--working-dir", "mine", "--address", dashboard.address, "--no-follow", *kept]
+    for file in (str(inside), "mine/deep/in.yaml"):
+        ssl_ray({}, "submit", *verb, file, *line).refused(2, f"{file}: not where the job looks", "Write deep/in.yaml.")
+    for file in (str(beside), "beside.yaml", "../beside.yaml"):
+        ssl_ray({}, "submit", *verb, file, *line).refused(2, f"{file}: not where the job looks", "Put it into mine and")
+    ssl_ray({}, "submit", *verb, "none.yaml", *line).refused(2, "none.yaml: no such")
+    assert (dashboard.packages, dashboard.submissions) == ({}, 0)
+    ssl_ray({}, "submit", *verb, "deep/in.yaml", *line).ok()
+    assert dashboard.submissions == 1
+
+
 def test_without_a_run_the_order_of_keys_makes_no_other_job_but_that_of_places_does(dashboard):
     name = name_in(submitted(dashboard, ["pretrain", "-c", "digits", "seed=1", "views.count=4"]))
     assert f"{name} runs already" in submitted(dashboard, ["pretrain", "views.count=4", "-c", "digits", "seed=1"])
