@@ -16,9 +16,9 @@ import contextlib
 import ctypes
 import importlib.util
 import json
-import logging
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -61,6 +61,13 @@ LISTENS_AT_TIMES = {
 }
 START_S = 180.0
 END_S = 30.0
+ASK_S = 60.0
+ASK = """
+import json, logging, ray
+ray.init(log_to_driver=False, logging_level=logging.ERROR)
+nodes = [node for node in ray.nodes() if node["Alive"]]
+print(json.dumps([[node["Labels"].get("ssl-ray/role"), node["Resources"].get("CPU", 0), node["NodeID"]] for node in nodes]))
+"""
 LONGEST = 36
 """Characters of the folder: the paths of Ray's sockets may have 107."""
 LOOK_S = 0.5
@@ -244,6 +251,7 @@ def _bury(*, but: int) -> None:
 def up(folder: Path, *, most: int, cpus: int, idle_s: float) -> None:
     if _alive(_notes(folder).get("keeper", [])):
         raise SystemExit(f"A cluster runs in {folder} already. End it first: {_typed('down', folder)}")
+    down(folder, quiet=True)  # what a keeper left that was killed, whose only note goes with the folder
     if importlib.util.find_spec("aiohttp_cors") is None:
         raise SystemExit("Ray's dashboard, which takes jobs, is missing. Install it: pip install 'ssl-ray[cluster]'")
     if len(str(folder)) > LONGEST:
@@ -296,7 +304,7 @@ def up(folder: Path, *, most: int, cpus: int, idle_s: float) -> None:
         f"  address     {url}\n"
         f"  token file  {token}\n"
         "Next:\n"
-        f"  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token}\n"
+        f"  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={shlex.quote(str(token))}\n"
         f"  ssl-ray submit pretrain train.label=ssl-ray/role=train data.label=ssl-ray/role=data --address {url}\n"
         f"  {_typed('status', folder)}\n"
         f"  {_typed('down', folder)}"
@@ -304,8 +312,8 @@ def up(folder: Path, *, most: int, cpus: int, idle_s: float) -> None:
 
 
 def _typed(verb: str, folder: Path) -> str:
-    where = "" if folder == FOLDER else f" --folder {folder}"
-    return f"python {os.path.relpath(__file__)} {verb}{where}"
+    where = "" if folder == FOLDER else f" --folder {shlex.quote(str(folder))}"
+    return f"python {shlex.quote(os.path.relpath(__file__))} {verb}{where}"
 
 
 def _answers(url: str, token: str) -> bool:
@@ -343,22 +351,27 @@ def status(folder: Path) -> None:
     notes = _notes(folder)
     if not _alive(notes.get("keeper", [])):
         raise SystemExit(f"No cluster runs in {folder}.")
-    os.environ.pop("RAY_AUTH_TOKEN", None)
-    os.environ |= environment(folder) | {"RAY_ADDRESS": notes["gcs"]}
-    import ray
-
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    # Ray connects without end to a head that goes away meanwhile, so that a process of its own asks.
+    env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
+    env |= environment(folder) | {"RAY_ADDRESS": notes["gcs"]}
+    try:
+        asked = subprocess.run([sys.executable, "-c", ASK], env=env, capture_output=True, text=True, timeout=ASK_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"The head does not answer for {ASK_S:g} s, see {folder}/head.log.") from None
+    found = [line for line in asked.stdout.splitlines() if line.startswith("[")]  # Ray may have something to say besides
+    if not found:
+        said = (asked.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise SystemExit(f"The head cannot be asked ({said}), see {folder}/head.log.")
+    nodes = json.loads(found[-1])
     running = len(_alive(notes.get("processes", [])))
     print(f"{notes['address']}: {len(nodes)} nodes, {running} processes, token in {folder}/token")
-    for node in nodes:
-        print(f"  {node['Labels'].get('ssl-ray/role')}: {node['Resources'].get('CPU', 0):g} CPUs, {node['NodeID'][-8:]}")
-    ray.shutdown()
+    for role, cpus, node in nodes:
+        print(f"  {role}: {cpus:g} CPUs, {node[-8:]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("verb", choices=["up", "down", "status", "keep"], metavar="up|down|status")
+    parser.add_argument("verb", metavar="up|down|status")  # and keep, which `up` starts
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of the cluster; default {FOLDER}")
     parser.add_argument("--max", type=int, default=2, help="hosts of each kind; default 2")
     parser.add_argument("--cpus", type=int, default=2, help="of each host, in Ray's books; default 2")
@@ -367,6 +380,8 @@ def main() -> None:
     folder = given.folder.absolute()
     if min(given.max, given.cpus) < 1:
         parser.error("--max and --cpus: expected 1 or more")
+    if not 0 < given.idle_s < float("inf"):
+        parser.error(f"--idle-s: got {given.idle_s:g}, expected a number of seconds above 0")
     match given.verb:
         case "up":
             up(folder, most=given.max, cpus=given.cpus, idle_s=given.idle_s)
@@ -376,6 +391,8 @@ def main() -> None:
             status(folder)
         case "keep":
             keep(folder)
+        case other:
+            parser.error(f"got {other}, expected up, down or status")
 
 
 if __name__ == "__main__":

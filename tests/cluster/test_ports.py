@@ -13,7 +13,8 @@ import pytest
 from harness import SMALL, newest_step
 from local_cluster import SCRIPT, Local, local_cluster, typed
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+long = pytest.mark.long
+pytestmark = pytest.mark.timeout(600)
 
 KINDS = {
     "ray::DashboardAgent": "agent",
@@ -64,6 +65,7 @@ def status_without(token: str | None, url: str) -> int:
         return error.code
 
 
+@long
 def test_what_listens_is_what_is_stated_and_down_ends_all_that_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     script = runpy.run_path(str(SCRIPT))
@@ -95,6 +97,36 @@ def test_what_listens_is_what_is_stated_and_down_ends_all_that_was_started(tmp_p
         other.wait()
 
 
+@long
+def test_up_ends_what_a_killed_keeper_left_before_it_begins_anew():
+    with local_cluster("--max=1") as cluster:
+        there = started(cluster)
+        ((pid, _),) = json.loads((cluster.folder / "started.json").read_text())["keeper"]
+        psutil.Process(pid).kill()
+        again = typed(cluster.folder, "up", "--max=1")
+        assert again.returncode == 0, again.stderr
+        assert [process for process in there if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@long
+def test_the_status_of_a_head_that_is_there_but_does_not_answer_ends():
+    with local_cluster("--max=1") as cluster:
+        shown = typed(cluster.folder, "status")
+        assert shown.returncode == 0, shown.stderr
+        assert "1 nodes" in shown.stdout
+        assert "  head: 0 CPUs, " in shown.stdout
+        (gcs,) = [process for process in started(cluster) if process.name() == "gcs_server"]
+        gcs.suspend()
+        try:
+            shown = typed(cluster.folder, "status")
+        finally:
+            gcs.resume()
+    assert shown.returncode == 1
+    assert shown.stderr.startswith("The head ")
+    assert shown.stderr.count("\n") == 1
+
+
+@long
 def test_down_ends_what_a_killed_keeper_left_and_nothing_else(tmp_path: Path):
     with local_cluster("--max=1") as cluster:
         notes = json.loads((cluster.folder / "started.json").read_text())
@@ -112,3 +144,26 @@ def test_down_ends_what_a_killed_keeper_left_and_nothing_else(tmp_path: Path):
         other.kill()
         other.wait()
         (cluster.folder / "started.json").write_text(json.dumps(notes))  # for the end of the context
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "said"),
+    [
+        ("up", "--idle-s=-5", "--idle-s: got -5, expected a number of seconds above 0"),
+        ("up", "--idle-s=nan", "--idle-s: got nan"),
+        ("up", "--max=0", "--max and --cpus: expected 1 or more"),
+        ("upp", "--max=1", "got upp, expected up, down or status"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, verb: str, option: str, said: str):
+    done = typed(tmp_path / "c", verb, option)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "keep" not in done.stderr
+    assert not (tmp_path / "c").exists()
+
+
+def test_lines_to_paste_have_the_folder_quoted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    typed_line = runpy.run_path(str(SCRIPT))["_typed"]("down", Path("/tmp/a b;c"))
+    assert typed_line.endswith(" down --folder '/tmp/a b;c'")
