@@ -5,6 +5,7 @@ The driver hears of every step from the run's files, so that the workers spend n
 """
 
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,8 @@ _IN_RECORDS = {
     "bad_samples": "ssl_bad_samples",
 }
 
+_ASCII = "".join(map(chr, range(128)))
+
 Progress = Callable[[str, dict[str, Any]], None]
 
 
@@ -67,13 +70,18 @@ def exported(progress: Progress, *, run: str, step: int, total_steps: int) -> It
         gauges.close()
 
 
+def label(run: str) -> str:
+    """What metrics call a run: its URI, with bytes that are no ASCII, of which Ray 2.60 takes no labels, as %C3%A9."""
+    return urllib.parse.quote(without_secrets(run), safe=_ASCII, errors="surrogateescape")
+
+
 class _Gauges:
     """Collects the records of steps; a thread passes on what they say, in a stall too."""
 
     def __init__(self, run: str, *, step: int, total_steps: int):
         from ray.util.metrics import Counter, Gauge
 
-        self._tags = {"run": without_secrets(run)}
+        self._tags = {"run": label(run)}
         self._counters = {name: Counter(name, help, tag_keys=("run",)) for name, help in COUNTERS.items()}
         keys = {"ssl_loss_term": ("run", "term")}
         self._gauges = {name: Gauge(name, help, tag_keys=keys.get(name, ("run",))) for name, help in GAUGES.items()}

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from harness import SMALL, finish, start, wait_until
 from nodes import PACED, Nodes, free_port, several_nodes
+from ray.util.metrics import Metric
 
-from ssl_ray.train.gauges import COUNTERS, GAUGES
+from ssl_ray.train.gauges import COUNTERS, GAUGES, _Gauges
 
 FILES = Path(__file__).parents[2] / "cluster" / "monitoring"
 RULES = yaml.safe_load((FILES / "rules.yml").read_text())["groups"][0]["rules"]
@@ -180,6 +181,19 @@ keys: {train.workers: 0, train.steps: 1000000}
 sweep: {optim.lr: {grid: [0.001]}}
 seeds: [0]
 """
+
+
+def test_a_run_whose_name_is_not_ascii_has_metrics(monkeypatch):
+    told, record = [], Metric._record
+
+    def spied(metric: Metric, value: float, tags: dict[str, str]) -> None:
+        record(metric, value, tags)  # by Ray, which takes it or not
+        told.append(tags)
+
+    monkeypatch.setattr(Metric, "_record", spied)
+    gauges = _Gauges("runs/50%-größe-\udcff", step=1, total_steps=3)
+    gauges.close()
+    assert told == [{"run": "runs/50%-gr%C3%B6%C3%9Fe-%FF"}] * 2
 
 
 @pytest.mark.long
