@@ -297,7 +297,7 @@ def _config_diff(options: argparse.Namespace) -> Result:
 def _doctor(options: argparse.Namespace) -> Result:
     from ssl_ray.doctor import doctor
 
-    made = None if options.config is None else read_config(options.config, [])
+    made = read_config(options.config, options.overrides) if options.config is not None or options.overrides else None
     return doctor(options.uri, address=options.address, config=made), console.findings
 
 
@@ -620,6 +620,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(UsageError.exit_code, f"{self.prog}: {shown(message)}\nRun `{self.prog} --help` for what there is.\n")
 
 
+_KEY = re.compile(r"[^/:=]+=")
+"""The begin of KEY=VALUE; of a folder or URI with a = in it another part comes first."""
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of a verb. Keys may stand before, between and after them, which argparse does not take on its own."""
     parser = _parser()
@@ -632,6 +636,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         keys = [text for text in rest if not text.startswith("-") or (text.startswith("--") and "=" in text)]
         options.overrides = options.overrides + keys
         rest = [text for text in rest if text not in keys]
+    if options.verb is _doctor:  # whose storage may stand before, between and after the keys too
+        words = [*([] if options.uri is None else [options.uri]), *options.overrides]
+        places = [text for text in words if not _KEY.match(text)]
+        options.uri, options.overrides = next(iter(places), None), [text for text in words if _KEY.match(text)]
+        rest += places[1:]
     if hasattr(options, "protocols"):
         options.protocols += [text for text in rest if not text.startswith("-")]
         rest = [text for text in rest if text.startswith("-")]
@@ -762,7 +771,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("uri", nargs="?", help="folder or URI where runs shall be: objects are written there, read and removed")
     doctor.add_argument("--address", metavar="URL", help="of a cluster's dashboard, as http://127.0.0.1:8265")
-    doctor.add_argument("-c", "--config", metavar="RECIPE", help="what shall run on that cluster: is there room for it?")
+    doctor.add_argument(
+        "-c",
+        "--config",
+        metavar="RECIPE",
+        help="what shall run on that cluster, else on this machine: is there room for its workers?",
+    )
+    _takes_keys(doctor)
     _add_submit(verbs)
     debug = _add(verbs, "debug", _debug, "Collect what tells why a run failed into one zip, without secrets.")
     debug.add_argument("run", help="folder or URI of the run")

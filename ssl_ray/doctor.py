@@ -3,6 +3,7 @@
 Each finding is a row: what was looked at, whether it is well, what was found, and what to do.
 """
 
+import contextlib
 import http.client
 import itertools
 import os
@@ -51,13 +52,16 @@ T = TypeVar("T")
 def doctor(uri: str | None, *, address: str | None, config: Config | None) -> list[dict[str, Any]]:
     """All findings, in the order in which they are looked for.
 
-    uri: a storage to write to, where runs shall be.  address: of a cluster's dashboard.  config: what shall run there.
+    uri: a storage to write to, where runs shall be.  address: of a cluster's dashboard.  config: what shall run there, or on
+    this machine where no cluster is named.
     """
     found = [_versions(), _gpu(), *_room(), *_ports()]
     if uri is not None:
         found += _guarded("storage", _storage(uri))
     if address is not None:
         found += _guarded("cluster", _cluster(address, config))
+    elif config is not None:
+        found.append(_workers(config, [_machine()], None, more="Or name a cluster: --address."))
     return found
 
 
@@ -188,6 +192,7 @@ def _name(process: psutil.Process) -> str | None:
 def _storage(uri: str) -> Iterator[dict[str, Any]]:
     """Writes, reads and removes objects below `uri`."""
     at = storage.join(storage.absolute(uri), f"doctor-{uuid.uuid4().hex}")
+    made = [folder for folder in Path(at).parents if not os.path.exists(folder)] if storage.is_local(at) else []
     try:
         storage.write_atomic(at, bytes(SMALL))
         writes = [_seconds(lambda: storage.write_atomic(at, bytes(SMALL))) for _ in range(TIMES)]
@@ -208,8 +213,16 @@ def _storage(uri: str) -> Iterator[dict[str, Any]]:
         except ResourceError as error:
             text, _, do = str(error).partition("\n")
             yield _finding("lease", False, text, do)
-    finally:
+    except BaseException:
+        with contextlib.suppress(SslRayError):  # where nothing can be written, removing fails too, and would be what is told
+            storage.remove(at)
+        raise
+    else:
         storage.remove(at)
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not made after all, or another's by now
+                folder.rmdir()
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -270,10 +283,20 @@ def _cluster(address: str, config: Config | None) -> Iterator[dict[str, Any]]:
         yield _workers(config, [Node(node["resources_total"], node["labels"]) for node in nodes], autoscaler)
 
 
-def _workers(config: Config, here: list[Node], autoscaler: dict[str, Any] | None) -> dict[str, Any]:
+def _machine() -> Node:
+    """This machine as a Ray that a run starts has it."""
+    import torch
+
+    return Node({"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}, {})
+
+
+def _workers(
+    config: Config, here: list[Node], autoscaler: dict[str, Any] | None, *, more: str = "Or let the cluster grow."
+) -> dict[str, Any]:
     """Whether the workers find a place as a run finds it, on the nodes that are there and those that the autoscaler may add.
 
     autoscaler: its configuration; None: there is none, or it is not known.
+    more: what to do where they find none, besides what is to be set.
     """
     from ssl_ray.train.ray_train import plan_resources, room
 
@@ -287,7 +310,7 @@ def _workers(config: Config, here: list[Node], autoscaler: dict[str, Any] | None
         if autoscaler is None and any(GROUP in node.labels for node in here):
             note = "An autoscaler may add nodes; which, it did not tell: see max_workers (maxReplicas) of the cluster's file."
             return _finding("workers", True, f"not yet: {error}", note)
-        do = "Or let the autoscaler add more: max_workers (maxReplicas)." if coming else "Or let the cluster grow."
+        do = "Or let the autoscaler add more: max_workers (maxReplicas)." if coming else more
         return _finding("workers", False, f"{error}", do)
     each = "with a GPU each" if planned.gpus else "without GPUs"
     if (now := room(here, planned)) >= fewest:

@@ -75,6 +75,9 @@ def test_a_storage_is_written_to_and_left_as_it_was(tmp_path: Path, server: seaw
         assert "16 MiB written at" in found["storage"]["found"]
         assert found["lease"]["ok"]
         assert found[f"clock of {uri}"]["ok"]
+    assert list(tmp_path.iterdir()) == []  # with the folder
+    (tmp_path / "runs").mkdir()
+    ssl_ray({}, "doctor", str(tmp_path / "runs"), "--json")
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -83,7 +86,29 @@ def test_a_storage_that_cannot_be_written_is_a_finding(tmp_path: Path):
     done = ssl_ray({}, "doctor", str(tmp_path / "file" / "runs"), "--json")
     (row,) = [row for row in done.json if row["check"] == "storage"]
     assert not row["ok"]
+    assert "writing" in row["found"]
     assert done.code == 4
+
+
+def workers_on_this_machine(*words: str) -> dict:
+    done = ssl_ray({}, "doctor", *words, "--json")
+    (row,) = [row for row in done.json if row["check"] == "workers"]
+    return row
+
+
+def test_without_a_cluster_a_recipe_is_compared_with_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert workers_on_this_machine("-c", "digits", "train.workers=0")["ok"]
+    many = 8 * (os.cpu_count() or 1)
+    workers, lanes = f"train.workers={many}", [f"train.lanes={many}", f"train.batch={2 * many}"]
+    for words in (["-c", "digits", workers], [workers, "runs"], ["runs", f"--{workers}"]):
+        row = workers_on_this_machine(*words, *lanes)
+        assert not row["ok"]
+        assert f"train.workers={many}" in row["found"]
+        assert row["do"] == "Or name a cluster: --address."
+    assert list(tmp_path.iterdir()) == []
+    ssl_ray({}, "doctor", "-c", "digits", "train.wrokers=2").refused(2, "train.workers")
+    ssl_ray({}, "doctor", "one", "two").refused(2, "not understood: two")
 
 
 NOBODY = "os.setgroups([]); os.setgid(65534); os.setuid(65534); ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)"
