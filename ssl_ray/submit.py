@@ -157,7 +157,11 @@ def errors_of(address: str) -> Any:
         raise
     except AuthenticationError as error:
         text = str(error).partition("\n")[0]
-        raise ResourceError(f"{address}: {text}\nSet RAY_AUTH_TOKEN_PATH to a file with the cluster's token.") from error
+        mode = os.environ.get("RAY_AUTH_MODE")
+        do = "Set RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
+        if mode not in (None, "token"):
+            do = f"Set RAY_AUTH_MODE=token: got {mode}, with which no token is shown."
+        raise ResourceError(f"{address}: {text}\n{do}") from error
     except (RuntimeError, ValueError, OSError, requests.RequestException, aiohttp.ClientError) as error:
         text = storage.one_line(error)[:300]
         raise ResourceError(f"{address}: {text}\nCheck that the cluster runs and the tunnel to its dashboard is open.") from error
