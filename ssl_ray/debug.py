@@ -117,18 +117,20 @@ def debug(run: str, output: str, *, address: str | None = None) -> dict[str, Any
     """Writes the zip about the run at `run` to the path or URI `output`; returns where it is and what is in it.
 
     address: of the dashboard of a cluster whose logs of the run are to be in it.
-    Raises DataError where there is nothing of a run, and if the zip cannot be written.
+    Raises DataError where there is neither a run nor, on that cluster, a job of it, and if the zip cannot be written.
     """
     uri = storage.absolute(run)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         bundle = _Bundle(archive, _secrets())
-        _add_run(bundle, uri)
+        is_there = _add_run(bundle, uri)
+        if not is_there and address is None:
+            raise DataError(f"{uri}: no run here. `ssl-ray runs list` shows the runs below a folder.")
         bundle.add("versions.json", lambda: _json(_versions()))
         bundle.add("doctor.json", lambda: _json(doctor(None, address=None, config=None)))
         _add_logs(bundle, uri)
-        if address is not None:
-            _add_cluster(bundle, uri, address)
+        if address is not None and not _add_cluster(bundle, uri, address) and not is_there:
+            raise DataError(f"{uri}: no run here, and no job or log of it is found at {address}. Check the name of the run.")
         head = {"run": bundle.clean(uri), "made": time.time(), "files": bundle.contents}
         archive.writestr("contents.json", _json(head))
     storage.write_atomic(output, packed.getvalue())
@@ -139,14 +141,16 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, default=str) + "\n").encode()
 
 
-def _add_run(bundle: _Bundle, uri: str) -> None:
+def _add_run(bundle: _Bundle, uri: str) -> bool:
+    """Whether there is a run, or may be one."""
     try:
         there = storage.list_names(uri)
     except SslRayError as error:  # it is not asked for each file, for up to a minute
         bundle.note("run/", f"cannot be read: {error}")
-        return
+        return True
     if not there:
-        raise DataError(f"{uri}: no run here. `ssl-ray runs list` shows the runs below a folder.")
+        bundle.note("run/", "no run here: it failed before it began, or has another name")
+        return False
     for name in ("run.json", "latest.json", "lease", "summary.json", "quarantine.jsonl"):
         if name in there:
             bundle.add(f"run/{name}", functools.partial(storage.read_bytes, storage.join(uri, name)))
@@ -161,6 +165,7 @@ def _add_run(bundle: _Bundle, uri: str) -> None:
         for name in [name for name in names if re.fullmatch(r"[\w-]+\.jsonl?", name)][-most:]:
             bundle.add(f"run/{folder}/{name}", functools.partial(storage.read_bytes, storage.join(uri, folder, name)))
     bundle.add("checkpoints.json", lambda: _json(_sizes(storage.join(uri, "checkpoints"))))
+    return True
 
 
 def _sizes(uri: str) -> dict[str, int]:
@@ -295,8 +300,11 @@ def _end_of(path: Path) -> bytes:
 # Those of a cluster ------------------------------------------------------------------------------------------------
 
 
-def _add_cluster(bundle: _Bundle, uri: str, address: str) -> None:
-    """What a cluster knows of the run; of one that does not answer, that. Nodes that are gone have taken their logs with them."""
+def _add_cluster(bundle: _Bundle, uri: str, address: str) -> bool:
+    """What a cluster knows of the run; of one that does not answer, that. Nodes that are gone have taken their logs with them.
+
+    Returns whether it knows of a job or has a log of the run.
+    """
     try:
         client = connected(address)
         with errors_of(address):
@@ -305,7 +313,7 @@ def _add_cluster(bundle: _Bundle, uri: str, address: str) -> None:
         raise
     except SslRayError as error:
         bundle.note("cluster/", f"cannot be asked: {storage.one_line(error)}")
-        return
+        return False
     fields = ("node_id", "node_ip", "state", "state_message", "labels", "resources_total", "start_time_ms", "end_time_ms")
     bundle.add("cluster/nodes.json", lambda: _json([{name: node.get(name) for name in fields} for node in nodes]))
     there = sorted((node for node in nodes if node["state"] == "ALIVE"), key=lambda node: HEAD not in node["resources_total"])
@@ -317,20 +325,24 @@ def _add_cluster(bundle: _Bundle, uri: str, address: str) -> None:
         except SslRayError as error:
             bundle.note(f"cluster/{node['node_id']}/", f"cannot be read: {storage.one_line(error)}")
     drivers = {(node, match[1]) for node, names in found.items() for name in names if (match := _DRIVER.search(name))}
-    _add_jobs(bundle, uri, client, drivers)
+    has_jobs = _add_jobs(bundle, uri, client, drivers)
     for node, names in found.items():
         for name in names:
             bundle.add(f"cluster/{node}/{name}", functools.partial(_fetched, client, node, name))
+    return has_jobs or any(name.startswith("ssl-ray-") for names in found.values() for name in names)
 
 
-def _add_jobs(bundle: _Bundle, uri: str, client: Any, drivers: set[tuple[str, str]]) -> None:
-    """drivers: nodes and numbers of the processes that drove the run, for a run may not be named in the job's command."""
+def _add_jobs(bundle: _Bundle, uri: str, client: Any, drivers: set[tuple[str, str]]) -> bool:
+    """Whether there are any.
+
+    drivers: nodes and numbers of the processes that drove the run, for a run may not be named in the job's command.
+    """
     try:
         with errors_of(client._address):
             jobs = [job for job in client.list_jobs() if job.submission_id]
     except SslRayError as error:
         bundle.note("cluster/jobs/", f"cannot be read: {storage.one_line(error)}")
-        return
+        return False
     named = re.compile(re.escape(uri) + r"(?![^\s'\"])")
 
     def is_ours(job: Any) -> bool:
@@ -346,6 +358,7 @@ def _add_jobs(bundle: _Bundle, uri: str, client: Any, drivers: set[tuple[str, st
         bundle.add(f"cluster/jobs/{job.submission_id}.log", log)
     if not ours:
         bundle.note("cluster/jobs/", f"none of the cluster's {len(jobs)} jobs is of this run")
+    return bool(ours)
 
 
 def _logs_of_node(client: Any, node: dict[str, Any], uri: str) -> list[str]:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,6 +182,23 @@ def test_a_wrong_token_is_two_lines(client, tmp_path: Path):
     (tmp_path / "token").write_text("0" * 64)
     wrong = client | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     submit(wrong, "pretrain", "train.steps=1").refused(4, client["RAY_API_SERVER_ADDRESS"], "RAY_AUTH_TOKEN_PATH")
+    for mode in ("disabled", "bogus"):
+        submit(client | {"RAY_AUTH_MODE": mode}, "pretrain", "train.steps=1").refused(4, "RAY_AUTH_MODE=token", f"got {mode}")
+
+
+@long
+def test_what_a_cluster_knows_of_a_run_that_never_began_is_collected(client, tmp_path: Path):
+    at, run = ("--address", client["RAY_API_SERVER_ADDRESS"]), tmp_path / "never" / "began"
+    to = ("-o", str(tmp_path / "b.zip"))
+    ssl_ray(client, "debug", str(run), *at, *to).refused(3, "no run here", "no job or log of it")
+    assert submit(client, "pretrain", f"run={run}", f"data.uri={tmp_path / 'none'}").code == 3
+    assert not run.exists()
+    ssl_ray(client, "debug", str(run), *at, *to).ok()
+    ssl_ray(client, "debug", str(run), *to[:1], str(tmp_path / "c.zip")).refused(3, "no run here", "runs list")
+    with zipfile.ZipFile(tmp_path / "b.zip") as archive:
+        notes = {each["file"]: each["note"] for each in json.loads(archive.read("contents.json"))["files"]}
+    assert notes["run/"].startswith("no run here")
+    assert any(re.fullmatch(r"cluster/jobs/ssl-ray-pretrain-.*-1\.log", name) for name in notes)
 
 
 def test_what_cannot_be_submitted_is_refused_before_a_cluster_is_asked(tmp_path: Path):
