@@ -89,8 +89,7 @@ def test_workers_and_tasks_land_on_nodes_with_their_labels_which_come_for_them(c
     assert digests(uri) == digests(tmp_path / "here")
 
 
-def test_the_files_of_a_job_stay_when_hosts_come_that_unpack_them_too(cluster: Local, tmp_path: Path):
-    cluster.until(lambda: alone(cluster), "the end of nodes of other tests")
+def test_the_files_of_a_job_stay_when_hosts_unpack_them_too(cluster: Local, tmp_path: Path):
     (tmp_path / "marks.py").write_text(MARKS)
     cluster.submit("marks", "marks.py", working_dir=tmp_path)
     cluster.until(lambda: cluster.state("marks") == "SUCCEEDED", "the end of the job", job="marks")
