@@ -63,13 +63,17 @@ def _require(uri: str) -> None:
         raise DataError(f"{uri}: this file of the checkpoint is missing. {RESTORE}")
 
 
-def _load_tensors(uri: str) -> dict[str, Tensor]:
-    """Of a safetensors file: where it is one of a checkpoint, its bytes must be those that were written."""
+def _load_tensors(uri: str, *, state: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """Of a safetensors file: where it is one of a checkpoint, its bytes must be those that were written.
+
+    state: the state.json beside it; None: it is not read yet, if there is one.
+    """
     _require(uri)
     data = storage.read_bytes(uri)
     folder, _, name = uri.rpartition("/")
-    state_uri = storage.join(folder, "state.json")
-    state = runs.read_json(state_uri) if storage.exists(state_uri) else {}
+    if state is None:
+        state_uri = storage.join(folder, "state.json")
+        state = runs.read_json(state_uri) if storage.exists(state_uri) else {}
     written = state["sha256"].get(name) if isinstance(state.get("sha256"), dict) else None
     if written is not None and written != hashlib.sha256(data).hexdigest():
         raise DataError(f"{uri}: damaged: its bytes are others than were written (sha256). {RESTORE}")
@@ -84,12 +88,11 @@ def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimiz
     state_uri = storage.join(uri, "state.json")
     _require(state_uri)
     state = runs.read_json(state_uri)
-    state.pop("sha256", None)
-    load_weights(uri, network)
+    load_weights(uri, network, state=state)
     parameters = list(network.parameters())
     slots: dict[int, dict[str, Tensor]] = {}
     optimizer_uri = storage.join(uri, "optimizer.safetensors")
-    for name, value in _load_tensors(optimizer_uri).items():
+    for name, value in _load_tensors(optimizer_uri, state=state).items():
         index, _, slot = name.partition(".")
         if not index.isdecimal() or int(index) >= len(parameters):
             raise DataError(f"{optimizer_uri}: {name} is of no parameter of this network. {RESTORE}")
@@ -98,13 +101,16 @@ def read_checkpoint(uri: str, network: nn.Module, optimizer: torch.optim.Optimiz
             value = torch.empty_like(like).copy_(value)
         slots.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
+    return {name: value for name, value in state.items() if name != "sha256"}
 
 
-def load_weights(uri: str, network: nn.Module) -> None:
-    """Puts the weights of the checkpoint at `uri` into the network, which must be of the same shape."""
+def load_weights(uri: str, network: nn.Module, *, state: dict[str, Any] | None = None) -> None:
+    """Puts the weights of the checkpoint at `uri` into the network, which must be of the same shape.
+
+    state: its state.json, where that is read already.
+    """
     at = storage.join(uri, "weights.safetensors")
-    tensors = _load_tensors(at)
+    tensors = _load_tensors(at, state=state)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

@@ -6,7 +6,6 @@ filtered, IHDR, one IDAT and IEND.  What is of another kind, or has a wrong chec
 """
 
 import itertools
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,7 +44,7 @@ def decode_stored(images: Sequence[bytes | memoryview], *, channels: int, max_pi
     return found
 
 
-_CRC = np.array([zlib.crc32(bytes([i])) ^ zlib.crc32(b"\0") for i in range(256)], np.uint32)
+_CRC = np.array([zlib_ng.crc32(bytes([i])) ^ zlib_ng.crc32(b"\0") for i in range(256)], np.uint32)
 """What a byte at the end adds to the CRC-32 (of zlib and PNG)."""
 
 
