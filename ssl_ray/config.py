@@ -355,6 +355,15 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """{'loss.beta': 1} -> {'loss': {'beta': 1}}: the inverse of flatten."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
+
+
 def identity(config: Config) -> dict[str, Any]:
     """The flat keys and values that decide the results of a run."""
     return {key: value for key, value in flatten(to_dict(config)).items() if key not in EXECUTION}

@@ -22,6 +22,7 @@ from ssl_ray.train.pretrain import located, open_data, plan_schedule
 PROBE_STEPS = 3
 START_S = 4.0
 """Of a trial, for the start of its process and its last read-outs; of small ones the larger part."""
+PLACES = ("data.uri", "data.eval_uri", "data.cache_dir", "train.init_from")
 _MODES: dict[Objective, schema.Mode] = {"linear_accuracy": "max", "knn_accuracy": "max", "alpha": "near", "rankme": "max"}
 ALPHA_TARGET = 1.0
 """Of a good representation (alpha-ReQ)."""
@@ -40,8 +41,8 @@ def prepare(uri: str, spec: Spec, base: Config, *, progress: Progress) -> Head:
         if head.hash != digest:
             raise UsageError(f"{uri} holds another study, {head.name}. Use another URI, or `ssl-ray study resume {uri}`.")
         return head
-    nested = config.to_dict(base)
-    settings = [(each, seed) for each in cells(spec) for seed in spec.seeds]
+    nested = config.nest(_placed(config.flatten(config.to_dict(base))))
+    settings = [(_placed(each), seed) for each in cells(spec) for seed in spec.seeds]
     made = [configured(nested, each, seed=seed, source=spec.name) for each, seed in settings]  # before the probe takes time
     _require_labels(made[0], spec.objective)
     rates = _probed(made, progress=progress)
@@ -81,6 +82,12 @@ def prepare(uri: str, spec: Spec, base: Config, *, progress: Progress) -> Head:
         Proposals(head)  # refused before there is a study
     schema.write_study(uri, head)
     return head
+
+
+def _placed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Flat `settings` with places as a trial finds them, whose process has another working directory."""
+    found = {key: settings[key] for key in PLACES if settings.get(key) not in (None, "digits")}
+    return settings | {key: storage.absolute(place) for key, place in found.items()}
 
 
 def steps_of(made: Config, *, views: float) -> int:

@@ -182,11 +182,7 @@ def budgeted(settings: dict[str, Any], *, steps: int, readouts: int) -> dict[str
 
 def configured(base: dict[str, Any], settings: dict[str, Any], *, seed: int, source: str) -> Config:
     """The configuration of a trial. base: nested, as that of Head.  Raises UsageError for settings that make none."""
-    nested: dict[str, Any] = {}
-    for key, value in trial_config(base, settings, seed=seed).items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    return config.build(nested, source=source)
+    return config.build(config.nest(trial_config(base, settings, seed=seed)), source=source)
 
 
 def trial_name(number: int, settings: dict[str, Any], seed: int) -> str:

@@ -65,6 +65,14 @@ def test_a_study_runs_each_trial_to_its_budget_and_says_what_it_took(whole: Stud
     assert summary["predicted"]["steps"] == summary["real"]["steps"] == sum(int(trial.curve.step[-1]) for trial in whole.trials)
 
 
+def test_places_are_those_of_the_folder_in_which_the_study_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert ssl_ray({}, "data", "pack", "digits", "shards").ok()
+    tiny(tmp_path, TINY.replace("[16, 24, 32]", "[16]"))
+    given = ("tiny.yaml", "data.uri=shards", "data.cache_dir=cache", "-o", "study", "--json")
+    assert ssl_ray({}, "study", "run", *given).ok().json["counts"] == {"complete": 1}
+
+
 def test_a_study_that_is_whole_is_not_run_again_and_another_is_refused(whole: Study, tmp_path: Path):
     before = {trial.name: trial.state for trial in whole.trials}
     again = ssl_ray({}, "study", "run", str(tiny(tmp_path)), "-o", whole.uri, "--json").ok().json
