@@ -172,12 +172,12 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
-    name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
-    """sgd and lars with momentum 0.9."""
+    name: Literal["adam", "adamw", "sgd", "lars", "muon"] = "adam"
+    """sgd and lars with momentum 0.9; muon: few steps go far with small encoders, see docs/training.md."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-6
-    """Part of the gradient with adam, sgd and lars; adamw takes it off the weights instead."""
+    """Part of the gradient with adam, sgd and lars; adamw and muon take it off the weights instead."""
     warmup_epochs: float = 0.5
     """Epochs over which the learning rate rises to its peak; then it falls to 0 along a cosine."""
 
@@ -456,13 +456,7 @@ def build(values: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), s
 
 
 def _instantiate(flat: dict[str, Any], texts: dict[str, str]) -> Config:
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    for key, text in texts.items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = text
+    nested = nest(flat | texts)
     parser = _parser()
     try:
         made = parser.instantiate(parser.parse_object(nested))

@@ -25,7 +25,7 @@ from ssl_ray.train.memory import worker_needs
 from ssl_ray.train.optim import build_optimizer
 from ssl_ray.train.pretrain import Progress, located, open_data, plan_schedule
 
-_COPIES = {"adam": 3, "adamw": 3, "sgd": 2, "lars": 2}
+_COPIES = {"adam": 3, "adamw": 3, "sgd": 2, "lars": 2, "muon": 2}
 """Numbers that a checkpoint holds for each weight: itself and the optimiser's moments."""
 COMMIT_PUTS = 5
 """Objects of a checkpoint: weights, optimiser, state, the segment of metrics, the marker."""

@@ -10,7 +10,7 @@ from ssl_ray.config import Config
 from ssl_ray.model import PIXEL_MEAN, PIXEL_STD
 from ssl_ray.train.loop import compute_loss, make_network
 
-COPIES = {"adam": 4, "adamw": 4, "sgd": 3, "lars": 3}
+COPIES = {"adam": 4, "adamw": 4, "sgd": 3, "lars": 3, "muon": 3}
 """Numbers held for each weight while training: itself, its gradient and the optimiser's moments."""
 FEW = 2
 """Images of the pass: one alone has no variance."""
