@@ -173,7 +173,7 @@ class Loss:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     name: Literal["adam", "adamw", "sgd", "lars", "muon"] = "adam"
-    """sgd and lars with momentum 0.9; muon: few steps go far with small encoders, see docs/training.md."""
+    """sgd and lars with momentum 0.9; muon goes furthest in few steps, and takes longer for one with a large encoder."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-6

@@ -1,8 +1,8 @@
 """Studies that come with ssl_ray, trained by `ssl-ray study run`, so that the first look at the pages costs nothing.
 
-Made anew from finished studies, of which it keeps what the pages read:
+Made anew from finished studies below a folder, of which it keeps what the pages read:
 
-    python -m ssl_ray.dashboard.demo studies/projector-small studies/pareto-small
+    python -m ssl_ray.dashboard.demo studies
 """
 
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ssl_ray import storage
 from ssl_ray.errors import DataError
-from ssl_ray.study.results import read_study
+from ssl_ray.study.results import find_studies, read_study
 
 DEMO = Path(__file__).parent / "demo.tar.xz"
 _READ = ("study.json", "summary.json", "trials/*/trial.json", "trials/*/run.json", "trials/*/metrics/*", "trials/*/evaluations/*")
@@ -31,15 +31,16 @@ def opened() -> Iterator[str]:
         yield folder
 
 
-def pack(studies: list[str]) -> None:
-    """Writes DEMO anew. Raises DataError where there is no study, or one that has not ended."""
+def pack(folder: str) -> None:
+    """Writes DEMO anew, of all studies below `folder`. Raises DataError where one has not ended."""
+    studies = find_studies(storage.absolute(folder))
     for uri in studies:
         if any(trial.state.status != "complete" for trial in read_study(uri).trials):
             raise DataError(f"{uri}: not all of its trials are complete. Run `ssl-ray study resume {uri}` first.")
     with tarfile.open(DEMO, "w:xz", preset=9) as archive:
         for study in map(Path, studies):
             for path in sorted(path for pattern in _READ for path in study.glob(pattern)):
-                archive.add(path, f"{study.name}/{path.relative_to(study)}", filter=_plain)
+                archive.add(path, str(path.relative_to(storage.absolute(folder))), filter=_plain)
 
 
 def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -50,4 +51,4 @@ def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 if __name__ == "__main__":
-    pack(sys.argv[1:])
+    pack(*sys.argv[1:])

@@ -266,7 +266,7 @@ def _list(shelf: _Shelf) -> list[dict[str, Any]]:
 
 
 def _called(uri: str, at: str) -> str:
-    return "." if at.rstrip("/") == uri.rstrip("/") else at.rstrip("/").rsplit("/", 1)[-1]
+    return at.rstrip("/").removeprefix(uri.rstrip("/")).lstrip("/") or "."
 
 
 async def _read(request: web.Request) -> Study:

@@ -103,7 +103,7 @@ function buildStudies() {
       const { value } = await ask("studies", {});
       const body = element("tbody");
       for (const row of value.studies) {
-        const link = element("a", { href: `#${new URLSearchParams({ study: row.study, tab: "trials" })}` }, row.name ?? row.study);
+        const link = element("a", { href: `#${new URLSearchParams({ study: row.study, tab: "trials" })}` }, row.study === "." ? row.name : row.study);
         const counts = row.counts ? Object.entries(row.counts).map(([key, n]) => `${n} ${key}`).join(", ") : "";
         const cells = row.error ? [row.error] : [row.objective, `${row.trials}`, counts, row.swept.join(", "), moment(row.created), row.uri];
         const tr = element("tr", {}, element("th", { scope: "row" }, row.error ? row.study : link));

@@ -167,22 +167,26 @@ def _arm(trial: Trial) -> str:
 
 
 def _sooner(study: Study, part: str) -> list[Claim]:
-    """How many times as soon each arm has what the baseline, the first one, has at its end."""
-    of_arm = _results(study, _arm)
-    if not of_arm:
+    """How many times as soon each arm is as good (MARGIN) as the baseline, the first one, with the same seed is at its end."""
+    if not study.trials:
         return []
-    baseline = _arm(study.trials[0])
-    target = float(np.mean(list(of_arm.get(baseline, {0: math.nan}).values())))
+    trials: dict[str, dict[int, Trial]] = {}
+    for trial in study.trials:
+        trials.setdefault(_arm(trial), {})[trial.seed] = trial
+    (baseline, of_baseline), *arms = trials.items()
     found = []
-    for arm in (arm for arm in of_arm if arm != baseline):
+    for arm, of_arm in arms:
         for unit in ("minutes", "views"):
-            logs = [_log_ratio(study, seed, baseline, arm, target, unit) for seed in study.head.seeds]
-            log = mean_interval(logs) if all(map(math.isfinite, logs)) else mean_interval([])
+            both = [(of_baseline[seed], of_arm[seed]) for seed in of_baseline if seed in of_arm]
+            logs = [_log_ratio(*pair, unit, study.head.objective) for pair in both]
+            reached = sum(map(math.isfinite, logs))
+            log = mean_interval(logs if reached == len(logs) else [])
             found.append(
                 Claim(
                     part=part,
                     text=f"{arm} needs fewer {unit} than {baseline}",
-                    measure=f"{unit} to an accuracy of {target:.4f} of the latter by those of the former",
+                    measure=f"{unit} until it is as good as the latter at its end with the same seed ({reached} of {len(logs)} seeds "
+                    "get there), of the latter by the former",
                     effect=Interval(math.exp(log.mean), math.exp(log.low), math.exp(log.high), log.n),
                     threshold=1.0,
                 )
@@ -190,19 +194,13 @@ def _sooner(study: Study, part: str) -> list[Claim]:
     return found
 
 
-def _log_ratio(study: Study, seed: int, baseline: str, arm: str, target: float, unit: str) -> float:
-    """log of what the baseline needs by what the arm needs; NaN where the arm does not get there.
-
-    A baseline that does not get there counts with all it had, which is less than it needs.
-    """
-    at = {}
-    for trial in study.trials:
-        if trial.seed == seed and _arm(trial) in (baseline, arm):
-            readouts = trial.readouts
-            at[_arm(trial)] = time_to_target(getattr(readouts, unit), getattr(readouts, study.head.objective), target)
-    if len(at) < 2 or not at[arm].reached or not at[arm].x > 0:
-        return math.nan
-    return math.log(at[baseline].x / at[arm].x) if at[baseline].x > 0 else math.nan
+def _log_ratio(baseline: Trial, arm: Trial, unit: str, objective: str) -> float:
+    """log of what the baseline needs by what the arm needs; NaN where the arm does not get there."""
+    target = baseline.result(objective) - MARGIN
+    theirs, ours = (
+        time_to_target(getattr(trial.readouts, unit), getattr(trial.readouts, objective), target) for trial in (baseline, arm)
+    )
+    return math.log(theirs.x / ours.x) if ours.reached and ours.x > 0 and theirs.x > 0 else math.nan
 
 
 def _fraction(study: Study) -> list[Claim]:

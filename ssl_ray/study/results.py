@@ -190,7 +190,7 @@ def rows(study: Study) -> list[dict[str, Any]]:
 
 
 def list_studies(uri: str) -> list[dict[str, Any]]:
-    """A row for each study at or directly below `uri`."""
+    """A row for each study that find_studies finds."""
     return [_listed(at) for at in find_studies(uri)]
 
 
@@ -207,10 +207,12 @@ def _listed(uri: str) -> dict[str, Any]:
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def find_studies(uri: str) -> list[str]:
-    """`uri` itself and what is directly below it, as far as it is a study."""
-    below = [storage.join(uri, name) for name in storage.list_names(uri)]
-    return [at for at in [uri, *below] if storage.exists(storage.join(at, "study.json"))]
+def find_studies(uri: str, *, levels: int = 2) -> list[str]:
+    """`uri` itself if it is a study, else those up to `levels` folders below: the parts of `paper` are in one of their own."""
+    if storage.exists(storage.join(uri, "study.json")):
+        return [uri]
+    below = storage.list_names(uri) if levels else []
+    return [at for name in below for at in find_studies(storage.join(uri, name), levels=levels - 1)]
 
 
 def read_study(uri: str, known: Study | None = None) -> Study:

@@ -305,8 +305,11 @@ def test_a_segment_that_goes_while_it_is_read_is_no_error(tmp_path: Path, monkey
 def test_studies_below_a_folder_are_found(tmp_path: Path):
     for name in ("b", "a"):
         schema.write_study(str(tmp_path / name), synthetic.head(0))
+    schema.write_study(str(tmp_path / "paper" / "part"), synthetic.head(0))
     (tmp_path / "run").mkdir()
-    assert results.find_studies(str(tmp_path)) == [str(tmp_path / "a"), str(tmp_path / "b")]
+    (tmp_path / "claims.json").write_text("{}")
+    found = [tmp_path / "a", tmp_path / "b", tmp_path / "paper" / "part"]
+    assert results.find_studies(str(tmp_path)) == list(map(str, found))
     assert results.find_studies(str(tmp_path / "a")) == [str(tmp_path / "a")]
     assert read_study(str(tmp_path / "a")).trials == ()
 
