@@ -185,8 +185,7 @@ def _sooner(study: Study, part: str) -> list[Claim]:
                 Claim(
                     part=part,
                     text=f"{arm} needs fewer {unit} than {baseline}",
-                    measure=f"{unit} until it is as good as the latter at its end with the same seed ({reached} of {len(logs)} seeds "
-                    "get there), of the latter by the former",
+                    measure=f"{unit} of the latter by the former's, until as good as the latter's end ({reached} of {len(logs)} seeds)",
                     effect=Interval(math.exp(log.mean), math.exp(log.low), math.exp(log.high), log.n),
                     threshold=1.0,
                 )
