@@ -181,11 +181,12 @@ def _sooner(study: Study, part: str) -> list[Claim]:
             logs = [_log_ratio(*pair, unit, study.head.objective) for pair in both]
             reached = sum(map(math.isfinite, logs))
             log = mean_interval(logs if reached == len(logs) else [])
+            there = f"{reached} of {len(logs)} seeds"
             found.append(
                 Claim(
                     part=part,
                     text=f"{arm} needs fewer {unit} than {baseline}",
-                    measure=f"{unit} of the latter by the former's, until as good as the latter's end ({reached} of {len(logs)} seeds)",
+                    measure=f"{unit} of the latter by the former's, until as good as the latter's end ({there})",
                     effect=Interval(math.exp(log.mean), math.exp(log.low), math.exp(log.high), log.n),
                     threshold=1.0,
                 )
