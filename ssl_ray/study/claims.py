@@ -159,11 +159,14 @@ def _slope(study: Study) -> list[Claim]:
 # (c), (d), (e) --------------------------------------------------------------------------------------------------------
 
 
-_NAMES = {"views.count": "m", "model.projector_dim": "d"}
+_NAMES = {"views.count": "m", "model.projector_dim": "d", "loss.beta": "beta"}
+_UNNAMED = ("optim.warmup_epochs",)
+"""Keys that follow from others: as many steps are other epochs where there are more views of an image."""
 
 
 def _arm(trial: Trial) -> str:
-    return ", ".join(f"{_NAMES.get(key, key)} = {value}" for key, value in trial.settings.items())
+    named = {key: value for key, value in trial.settings.items() if key not in _UNNAMED}
+    return ", ".join(f"{_NAMES.get(key, key.rpartition('.')[2])} = {value}" for key, value in named.items())
 
 
 def _sooner(study: Study, part: str) -> list[Claim]:

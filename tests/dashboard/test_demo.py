@@ -13,7 +13,8 @@ from ssl_ray.dashboard import demo, page
 from ssl_ray.study import claims, paper
 from ssl_ray.study.results import Study, read_study
 
-STUDIES = ("fraction", "pareto", "projector", "recipe", "views")
+PAPERS = ("paper", "paper-small")
+STUDIES = (*(f"{folder}/{part}" for folder in PAPERS for part in sorted(paper.PARTS)), "pareto-small")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,9 @@ def test_every_trial_is_complete_and_every_figure_shows_some(studies, name: str)
         assert page.draw(study, figure)["data"], figure
 
 
-def test_the_claims_in_the_docs_are_those_of_its_studies(studies):
-    found = claims.claims(**{name: studies[name] for name in paper.PARTS})
+@pytest.mark.parametrize("folder", PAPERS)
+def test_the_claims_in_the_docs_are_those_of_its_studies(studies, folder: str):
+    found = claims.claims(**{part: studies[f"{folder}/{part}"] for part in paper.PARTS})
     assert claims.as_markdown(found) in (ROOT / "docs" / "claims.md").read_text()
 
 
@@ -45,5 +47,5 @@ def test_it_is_served():
             found = json.load(answer)["studies"]
     finally:
         process.send_signal(signal.SIGINT)
-    assert sorted(row["name"] for row in found) == list(STUDIES)
+    assert sorted(row["study"] for row in found) == sorted(STUDIES)
     assert finish(process)[0] == 130
