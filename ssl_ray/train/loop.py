@@ -228,11 +228,13 @@ def train(
     writer: Writer | None,
     watchdog: Watchdog,
     leaving: Callable[[], bool],
+    wait_for_turn: Callable[[int], float],
 ) -> Outcome:
     """Takes the steps from `first_step` to the end of the schedule. `module` is `network`, in DDP if there is a group.
 
     batches: this worker's, in order from `first_step`.  writer: worker 0's; None elsewhere.
     leaving: whether this worker is asked to make way, as before its machine is taken away.
+    wait_for_turn: is called before each step; the seconds that it took are not the step's.
     """
     warmup_steps = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
     saved, saved_at = first_step, time.monotonic()
@@ -258,6 +260,7 @@ def train(
     ended = time.monotonic()
     try:
         while step < schedule.total_steps:
+            ended += wait_for_turn(step)
             asked = time.monotonic()
             with part("wait"):
                 batch, error = next_batch(batches)
@@ -354,6 +357,7 @@ def run_worker(
     device: torch.device,
     watchdog: Watchdog,
     leaving: Callable[[], bool] = lambda: False,
+    wait_for_turn: Callable[[int], float] = lambda step: 0.0,
 ) -> Outcome:
     """One worker's whole part in one start of a run: builds, restores, trains, and writes if it is worker 0."""
     torch.set_num_threads(config.train.threads)
@@ -390,6 +394,7 @@ def run_worker(
             writer=writer,
             watchdog=watchdog,
             leaving=leaving,
+            wait_for_turn=wait_for_turn,
         )
     finally:
         if writer is not None:

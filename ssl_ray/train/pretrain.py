@@ -280,8 +280,20 @@ def made_ready(
     config = opened.config
     if config.train.workers == 0:
         os.environ |= environment or {}
+        free = threading.Event()
+        """Set while nothing is read out."""
+        free.set()
+
+        def evaluate(uri: str, checkpoint: str | None) -> Future[dict[str, Any]]:
+            if share < 1:  # else there is a core for it
+                free.clear()
+            try:
+                return _evaluate_here(uri, checkpoint)
+            finally:
+                free.set()
+
         with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
-            yield Ready(lambda: pool.submit(_train_here, opened, watch), _evaluate_here, alive=None, missing=None)
+            yield Ready(lambda: pool.submit(_train_here, opened, watch, free), evaluate, alive=None, missing=None)
         return
     _require_cpus(config)
     progress("stage", {"text": "starting Ray"})
@@ -322,7 +334,8 @@ def _counted(train: Train) -> str:
     return (f"{most}" if fewest == most else f"{fewest} to {most}") + " worker" + "s" * (most > 1)
 
 
-def _train_here(opened: Opened, watch: Watch) -> loop.Outcome:
+def _train_here(opened: Opened, watch: Watch, free: threading.Event) -> loop.Outcome:
+    """free: set while this process does nothing else; waited for before each step, so that its seconds are its own."""
     import torch
 
     from ssl_ray.train.watchdog import Watchdog
@@ -337,6 +350,12 @@ def _train_here(opened: Opened, watch: Watch) -> loop.Outcome:
         os.write(2, f"\nssl-ray: {text}\nThe same command continues from the last checkpoint.\n".encode())
         os._exit(TrainingError.exit_code)
 
+    def wait_for_turn(step: int) -> float:
+        began = time.monotonic()
+        while not free.wait(timeout=1.0):
+            watchdog.at("pause", step)
+        return time.monotonic() - began
+
     batches = stream.local_batches(opened.data, lanes=lanes, first_step=marker.step, stop_step=schedule.total_steps)
     with closing(Watchdog(opened.config.train.stall_s, step=marker.step, group=None, stalled=stalled)) as watchdog:
         return loop.run_worker(
@@ -349,6 +368,7 @@ def _train_here(opened: Opened, watch: Watch) -> loop.Outcome:
             rank=0,
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             watchdog=watchdog,
+            wait_for_turn=wait_for_turn,
         )
 
 

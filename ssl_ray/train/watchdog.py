@@ -17,10 +17,11 @@ TELL_AFTER = 0.1
 """Of the time that counts as a stall: a worker that is at one part for so long tells the others where it is."""
 ANSWER_S = 5.0
 """The store may be that of a worker that is stopped: it is waited for so long."""
-ALONE = ("start", "wait", "transfer", "optimizer", "checkpoint", "end")
+ALONE = ("start", "pause", "wait", "transfer", "optimizer", "checkpoint", "end")
 """Parts in which a worker waits for no other."""
 _WORDS = {
     "start": "starting at step {step}",
+    "pause": "waiting for a read-out before step {step}",
     "wait": "waiting for data of step {step}",
     "agree": "in the all-reduce that begins step {step}",
     "transfer": "moving the views of step {step} to its device",
