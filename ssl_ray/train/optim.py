@@ -32,11 +32,8 @@ def build_optimizer(name: str, parameters: Iterable[nn.Parameter], *, lr: float,
     raise ValueError(f"unknown optimizer {name!r}")
 
 
-class Lars(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888) with momentum .9 and trust coefficient .001.
-
-    Vectors (biases, normalisation) take neither the adaptation nor the weight decay, as is usual for self-supervision.
-    """
+class _EachAlone(torch.optim.Optimizer):
+    """Steps parameter by parameter, as `_step_of` says."""
 
     def __init__(self, params, *, lr: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -46,20 +43,32 @@ class Lars(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                update = self._adapted(p, weight_decay=group["weight_decay"])
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                state["momentum_buffer"].mul_(0.9).add_(update)
-                p.add_(state["momentum_buffer"], alpha=-group["lr"])
+                if p.grad is not None:
+                    self._step_of(p, p.grad, lr=group["lr"], weight_decay=group["weight_decay"])
+
+    def _step_of(self, p: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
+        raise NotImplementedError
+
+    def _slot(self, p: Tensor, name: str, zeros: Tensor) -> Tensor:
+        return self.state[p].setdefault(name, zeros)
+
+
+class Lars(_EachAlone):
+    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888) with momentum .9 and trust coefficient .001.
+
+    Vectors (biases, normalisation) take neither the adaptation nor the weight decay, as is usual for self-supervision.
+    """
+
+    def _step_of(self, p: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
+        momentum = self._slot(p, "momentum_buffer", torch.zeros_like(p))
+        momentum.mul_(0.9).add_(self._adapted(p, grad, weight_decay=weight_decay))
+        p.add_(momentum, alpha=-lr)
 
     @staticmethod
-    def _adapted(p: Tensor, *, weight_decay: float) -> Tensor:
+    def _adapted(p: Tensor, grad: Tensor, *, weight_decay: float) -> Tensor:
         if p.ndim < 2:
-            return p.grad  # type: ignore[return-value]
-        update = p.grad + weight_decay * p  # type: ignore[operator]
+            return grad
+        update = grad + weight_decay * p
         p_norm, u_norm = p.norm(), update.norm()
         rate = torch.where((p_norm > 0) & (u_norm > 0), 1e-3 * p_norm / u_norm, torch.ones_like(p_norm))
         return update * rate
@@ -79,27 +88,18 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(_EachAlone):
     """Momentum .95, made orthogonal (see there): every direction of a weight matrix moves as far as every other.
 
     That is lr * .2 sqrt(max(a, b)) of a matrix (a, b), about as with Adam (Liu et al., arXiv 2502.16982); a convolution is one of
     outputs x all else. Vectors take Adam's steps, betas .9 and .95. Weight decay comes off the matrices, as with adamw.
     """
 
-    def __init__(self, params, *, lr: float, weight_decay: float):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.ndim < 2:
-                    self._step_vector(p, p.grad, lr=group["lr"])
-                else:
-                    self._step_matrix(p, p.grad, lr=group["lr"], weight_decay=group["weight_decay"])
+    def _step_of(self, p: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
+        if p.ndim < 2:
+            self._step_vector(p, grad, lr=lr)
+        else:
+            self._step_matrix(p, grad, lr=lr, weight_decay=weight_decay)
 
     def _step_matrix(self, p: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
         momentum = self._slot(p, "momentum_buffer", torch.zeros_like(p)).lerp_(grad, 0.05)
@@ -111,6 +111,3 @@ class Muon(torch.optim.Optimizer):
         mean = self._slot(p, "exp_avg", torch.zeros_like(p)).lerp_(grad, 0.1)
         square = self._slot(p, "exp_avg_sq", torch.zeros_like(p)).lerp_(grad.square(), 0.05)
         p.addcdiv_(mean / (1 - 0.9**step), (square / (1 - 0.95**step)).sqrt() + 1e-8, value=-lr)
-
-    def _slot(self, p: Tensor, name: str, zeros: Tensor) -> Tensor:
-        return self.state[p].setdefault(name, zeros)
