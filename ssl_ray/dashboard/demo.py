@@ -33,14 +33,15 @@ def opened() -> Iterator[str]:
 
 def pack(folder: str) -> None:
     """Writes DEMO anew, of all studies below `folder`. Raises DataError where one has not ended."""
-    studies = find_studies(storage.absolute(folder))
+    root = storage.absolute(folder)
+    studies = find_studies(root)
     for uri in studies:
         if any(trial.state.status != "complete" for trial in read_study(uri).trials):
             raise DataError(f"{uri}: not all of its trials are complete. Run `ssl-ray study resume {uri}` first.")
     with tarfile.open(DEMO, "w:xz", preset=9) as archive:
         for study in map(Path, studies):
             for path in sorted(path for pattern in _READ for path in study.glob(pattern)):
-                archive.add(path, str(path.relative_to(storage.absolute(folder))), filter=_plain)
+                archive.add(path, str(path.relative_to(root)), filter=_plain)
 
 
 def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:

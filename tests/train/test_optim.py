@@ -92,7 +92,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_been(name: str, tm
 
     images = gradients((8, 3, 6, 6), steps=6)
     undisturbed, first, second = fresh(), fresh(), fresh()
-    train(*undisturbed, [*images[:3], *images[3:]])
+    train(*undisturbed, images)
     train(*first, images[:3])
     checkpoint.write_checkpoint(str(tmp_path), checkpoint.snapshot(*first, step=3, state={}))
     checkpoint.read_checkpoint(str(tmp_path), *second)
