@@ -20,7 +20,9 @@ def test_a_row_has_medians_of_each_side_their_ratio_and_quartiles_of_the_turns()
     row = timing.row("w", [1.0, 2.0, 4.0], [10.0, 10.0, 24.0], peer="p 1.0", unit="view", cores=2)
     assert (row.ours_s, row.peer_s, row.ratio) == (2.0, 10.0, 5.0)
     assert row.spread == (5.0, 10.0)  # of 10, 5 and 6
-    assert timing.table([row]).splitlines()[-1] == "| w | p 1.0 | 2 | 2 s a view | 10 s | 5.00 x | 5.00 to 10 |"
+    other = timing.row("w", [1.0, 2.0, 4.0], [1e-3, 1e-3, 1e-3], peer="q", unit="view", cores=2)
+    cells = ("w", "2", "2 s a view", "p 1.0 10 s (5.00; 5.00 to 10), q 1 ms (0.00; 0.00 to 0.00)")
+    assert timing.table([row, other]).splitlines()[2:] == [f"| {' | '.join(cells)} |"]
 
 
 def test_sides_take_turns_after_one_that_does_not_count_and_seconds_are_for_a_unit(monkeypatch):
@@ -42,7 +44,12 @@ def test_sides_take_turns_after_one_that_does_not_count_and_seconds_are_for_a_un
 
 def test_a_peer_that_is_not_there_is_a_row_that_says_so():
     row = timing.skipped("w", "ffcv", "No module named 'ffcv'", cores=2)
-    assert timing.table([row]).splitlines()[-1] == "| w | ffcv: not run (No module named 'ffcv') | 2 | | | | |"
+    assert timing.table([row]).splitlines()[-1] == "| w | 2 |  | ffcv: not run (No module named 'ffcv') |"
+
+
+def test_a_section_takes_the_place_of_its_older_one_and_leaves_the_others():
+    page = timing.with_section(timing.with_section("# All\n", "views", "old\n"), "loss", "of it\n")
+    assert timing.with_section(page, "views", "new\n") == "# All\n\n## loss\n\nof it\n\n## views\n\nnew\n"
 
 
 @pytest.mark.parametrize("option", [["views", "vews"], ["vews"]])

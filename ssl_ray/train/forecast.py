@@ -22,11 +22,9 @@ from ssl_ray.shards.manifest import OPEN_PARTS, ROWS_AT_ONCE
 from ssl_ray.shards.read import GZIP_CACHE_BYTES, merge_ranges
 from ssl_ray.train.loop import compute_loss, make_network, views_on
 from ssl_ray.train.memory import worker_needs
-from ssl_ray.train.optim import build_optimizer
+from ssl_ray.train.optim import MOMENTS, build_optimizer
 from ssl_ray.train.pretrain import Progress, located, open_data, plan_schedule
 
-_COPIES = {"adam": 3, "adamw": 3, "sgd": 2, "lars": 2, "muon": 2}
-"""Numbers that a checkpoint holds for each weight: itself and the optimiser's moments."""
 COMMIT_PUTS = 5
 """Objects of a checkpoint: weights, optimiser, state, the segment of metrics, the marker."""
 COUNTED = 512
@@ -107,7 +105,7 @@ def forecast(
     order = plan.epoch_order(made, 0)
     setup_s = time.perf_counter() - begun
     asked = requests(data, order, workers=workers)
-    checkpoint_bytes = 4 * _COPIES[config.optim.name] * weights
+    checkpoint_bytes = 4 * (1 + MOMENTS[config.optim.name]) * weights
     result: dict[str, Any] = {
         "samples": made.num_selected,
         "left_out_as_bad": len(data.selection.excluded[0]),

@@ -9,13 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssl_ray.config import Config
 from ssl_ray.model import PIXEL_MEAN, PIXEL_STD
 from ssl_ray.train.loop import compute_loss, make_network
+from ssl_ray.train.optim import MOMENTS
 
-COPIES = {"adam": 4, "adamw": 4, "sgd": 3, "lars": 3, "muon": 3}
-"""Numbers held for each weight while training: itself, its gradient and the optimiser's moments."""
 FEW = 2
 """Images of the pass: one alone has no variance."""
-
-
 BACKWARD = 2
 """A backward pass has so many times the operations of the forward pass: the gradients of inputs and of weights."""
 
@@ -52,5 +49,6 @@ def worker_needs(config: Config) -> Needs:
     del loss
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
     activations = sum(size for at, size in kept.items() if at not in weights)
-    copies = 4 * COPIES[config.optim.name] * sum(p.numel() for p in network.parameters())
+    numbers = 2 + MOMENTS[config.optim.name]  # the weight, its gradient and the optimiser's
+    copies = 4 * numbers * sum(p.numel() for p in network.parameters())
     return Needs(activations / FEW, copies, (1 + BACKWARD) * counter.get_total_flops() / FEW)

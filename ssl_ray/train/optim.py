@@ -6,6 +6,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1, "muon": 1}
+"""Numbers that an optimiser keeps for each weight (muon two for those of vectors, which are few)."""
+
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
     """Rises linearly over `warmup_steps` to `peak`, then falls along a cosine, to 0 after `total_steps`; steps from 0."""

@@ -1,4 +1,5 @@
-"""Benchmarks: `python tests/benchmarks` runs all, `python tests/benchmarks NAME ...` some; each prints a table.
+"""Benchmarks: `python tests/benchmarks` runs all, `python tests/benchmarks NAME ...` some; each prints a table and
+keeps it in docs/: measured.md, growth.md or scale.md.
 
 The peers are in the extra `benchmarks`: `pip install -e '.[benchmarks]'`; one that is not there is named as not run.
 """
@@ -18,7 +19,7 @@ def main() -> int:
     short = [name.removeprefix("bench_") for name in NAMES]
     parser = argparse.ArgumentParser(prog="python tests/benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(short)}; default: all")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables, one object a benchmark")
+    parser.add_argument("--json", action="store_true", help="print JSON instead, one object a benchmark, and keep nothing")
     options = parser.parse_args()
     unknown = set(options.names) - set(short)
     if unknown:

@@ -69,7 +69,7 @@ def show(points: list[Point], *, as_json: bool) -> None:
 def _point(axis: str, value: int, keys: dict[str, int], data: dict[int, str]) -> Point:
     given = [f"{key}={at}" for key, at in keys.items() if key != "images"]
     command = [sys.executable, "-m", "ssl_ray", "profile", "digits", "--json", f"--steps={STEPS}"]
-    command += ["views.channels=3", f"data.uri={data[keys['images']]}", *given]
+    command += ["optim.name=adam", "views.channels=3", f"data.uri={data[keys['images']]}", *given]
     print(" ".join(command[2:]), file=sys.stderr)
     done = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout)
     return Point(axis, value, done["step_s"], sum(done["making_s"].values()), done["peak_memory_bytes"])

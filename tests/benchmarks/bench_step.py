@@ -21,6 +21,7 @@ TURNS = 3
 COMMON = [
     "views.channels=1",
     "model.projector_dim=256",
+    "optim.name=adam",
     "train.workers=2",
     "train.threads=1",
     "evaluate.max_images=50",

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "measured.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,16 +111,19 @@ def machine() -> dict[str, str]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Markdown: a line for each row."""
-    lines = ["| what | peer | cores | ours | peer's | ratio | quartiles |", "|---|---|---|---|---|---|---|"]
-    for one in rows:
-        if one.ours_s is None or one.peer_s is None or one.ratio is None or one.spread is None:
-            lines.append(f"| {one.what} | {one.peer} | {one.cores} | | | | |")
-            continue
-        spread = f"{_short(one.spread[0])} to {_short(one.spread[1])}"
-        times = f"{_time(one.ours_s)} a {one.unit} | {_time(one.peer_s)}"
-        lines.append(f"| {one.what} | {one.peer} | {one.cores} | {times} | {_short(one.ratio)} x | {spread} |")
+    """Markdown: a line for what was compared on so many cores, its peers side by side."""
+    lines = ["| what | cores | ours | peers: time (times ours; quartiles of the turns) |", "|---|---|---|---|"]
+    for (what, cores), group in itertools.groupby(rows, key=lambda one: (one.what, one.cores)):
+        some = list(group)
+        ours = next((f"{_time(one.ours_s)} a {one.unit}" for one in some if one.ours_s is not None), "")
+        lines.append(f"| {what} | {cores} | {ours} | {', '.join(map(_peer, some))} |")
     return "\n".join(lines)
+
+
+def _peer(one: Row) -> str:
+    if one.peer_s is None or one.ratio is None or one.spread is None:
+        return one.peer
+    return f"{one.peer} {_time(one.peer_s)} ({_short(one.ratio)}; {_short(one.spread[0])} to {_short(one.spread[1])})"
 
 
 def _short(ratio: float) -> str:
@@ -132,16 +137,29 @@ def _time(seconds: float) -> str:
     raise AssertionError
 
 
+def with_section(page: str, name: str, text: str) -> str:
+    """`page` with `text`, lines, below the heading `name`, in the place of what stood there, or in that of the alphabet."""
+    head, *parts = page.split("\n## ")
+    sections = dict(part.split("\n", 1) for part in parts) | {name: f"\n{text}"}
+    return "\n## ".join([head, *(f"{title}\n{sections[title]}" for title in sorted(sections))])
+
+
 def run(name: str, *, as_json: bool) -> None:
-    """Runs one benchmark and prints what came out; one that is no comparison has a `show` of its own."""
+    """Runs one benchmark, prints what came out, as JSON or for people, and then keeps it in docs/; one that is no comparison
+    has a `show` of its own."""
     module = importlib.import_module(f"bench_{name}")
-    getattr(module, "show", show)(module.rows(), as_json=as_json)
-
-
-def show(rows: list[Row], *, as_json: bool) -> None:
-    """Prints the machine and the rows, for people or for scripts."""
-    found = machine()
-    if as_json:
-        print(json.dumps({"machine": found, "rows": [dataclasses.asdict(one) for one in rows]}, indent=1))
+    rows = module.rows()
+    if hasattr(module, "show"):
+        module.show(rows, as_json=as_json)
+    elif as_json:
+        print(json.dumps({"machine": machine(), "rows": [dataclasses.asdict(one) for one in rows]}, indent=1))
     else:
-        print(", ".join(f"{name} {value}" for name, value in found.items()), table(rows), sep="\n\n", end="\n\n")
+        keep(name, table(rows))
+
+
+def keep(name: str, text: str) -> None:
+    """Prints a table with the machine that it was made on, and makes it the section `name` of docs/measured.md."""
+    found = ", ".join(f"{key} {value}" for key, value in machine().items())
+    whole = f"{found}\n\n{text}\n"
+    print(whole)
+    PAGE.write_text(with_section(PAGE.read_text(), name, whole))
