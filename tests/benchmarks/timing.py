@@ -99,7 +99,9 @@ def machine() -> dict[str, str]:
         if line.startswith("model name"):
             cpu = line.partition(": ")[2]
             break
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD")
+    if _git("status", "--porcelain", "--", "ssl_ray", "tests"):
+        commit += "-dirty"
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": f"{cpu}, {os.cpu_count()} cores",
@@ -108,6 +110,10 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": named("torch").partition(" ")[2],
     }
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def table(rows: Iterable[Row]) -> str:
