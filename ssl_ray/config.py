@@ -173,7 +173,7 @@ class Loss:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     name: Literal["adam", "adamw", "sgd", "lars", "muon"] = "adam"
-    """sgd and lars with momentum 0.9; muon goes furthest in few steps, and takes longer for one with a large encoder."""
+    """sgd and lars with momentum 0.9; muon goes furthest in few steps, which are long where encoder or projector is large."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-6

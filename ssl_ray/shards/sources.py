@@ -94,7 +94,7 @@ def _root(name: str, root: str | None) -> Path:
 
 
 def stored_png(pixels: np.ndarray) -> bytes:
-    """A PNG of uint8 [H, W] or [H, W, 3] whose pixels are stored, not compressed or filtered: read ten times as fast.
+    """A PNG of uint8 [H, W] or [H, W, 3] whose pixels are stored, not compressed or filtered: read several times as fast.
 
     Pillow filters rows even at compress_level=0.
     """

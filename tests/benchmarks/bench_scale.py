@@ -170,7 +170,7 @@ def page(planned: str, both: list[Load]) -> str:
 PAGE = """# Scale
 
 What a run on 10^9 images of 110 kB in 10^6 shards asks of its machines and of the store, with 1,024 workers and 16,384 images a
-step: counted from the plan, nothing was run. `python tests/benchmarks scale` makes this page.
+step: counted from the plan, no data was read. `python tests/benchmarks scale` makes this page.
 
 ```
 $ {command}
@@ -209,8 +209,8 @@ rounds that are longer than the plan's, and as many requests at the same times o
 *On a shard*: requests under way. *Of a prefix*: keys with the same beginning, {per_prefix:,} shards each, by which object stores
 split their load; S3 answers some 5,500 GETs a second for a prefix before it splits it.
 
-It is even in that no shard or prefix stays busy: the epoch's order is drawn anew over all chunks, and a prefix gets at most 1.6
-times what it would if each request chose a shard by itself. What a worker has of a chunk is asked for at a time, in a few GETs,
+It is even in that no shard or prefix stays busy: the epoch's order is drawn anew over all chunks, and a prefix gets less
+than twice what it would if each request chose a shard by itself. What a worker has of a chunk is asked for at a time, in a few GETs,
 so that a shard may have these under way at once, and seldom those of a second worker. The most that a prefix gets in a second is
 far below what a store gives. Longer rounds have larger GETs, for memory: with 40 steps a worker has five times the bytes in
 flight.
