@@ -210,10 +210,10 @@ rounds that are longer than the plan's, and as many requests at the same times o
 split their load; S3 answers some 5,500 GETs a second for a prefix before it splits it.
 
 It is even in that no shard or prefix stays busy: the epoch's order is drawn anew over all chunks, and a prefix gets less
-than twice what it would if each request chose a shard by itself. What a worker has of a chunk is asked for at a time, in a few GETs,
-so that a shard may have these under way at once, and seldom those of a second worker. The most that a prefix gets in a second is
-far below what a store gives. Longer rounds have larger GETs, for memory: with 40 steps a worker has five times the bytes in
-flight.
+than twice what it would if each request chose a shard by itself. What a worker has of a chunk is asked for at a time, in a few
+GETs, so that a shard may have these under way at once, and seldom those of a second worker. The most that a prefix gets in a
+second is far below what a store gives. Longer rounds have larger GETs, for memory: with 40 steps a worker has five times the
+bytes in flight.
 """
 
 
