@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import ROOT
 
 FOLDER = Path(__file__).parent / "benchmarks"
 _spec = importlib.util.spec_from_file_location("timing", FOLDER / "timing.py")
@@ -50,6 +51,13 @@ def test_a_peer_that_is_not_there_is_a_row_that_says_so():
 def test_a_section_takes_the_place_of_its_older_one_and_leaves_the_others():
     page = timing.with_section(timing.with_section("# All\n", "views", "old\n"), "loss", "of it\n")
     assert timing.with_section(page, "views", "new\n") == "# All\n\n## loss\n\nof it\n\n## views\n\nnew\n"
+
+
+def test_the_table_of_fashion_mnist_in_the_readme_is_what_was_measured():
+    section = (ROOT / "README.md").read_text().partition("# Fashion-MNIST\n")[2].partition("\n#")[0]
+    lines = {line for line in section.splitlines() if line.startswith("|")}
+    assert len(lines) > 3
+    assert lines <= set((ROOT / "docs" / "measured.md").read_text().splitlines())
 
 
 @pytest.mark.parametrize("option", [["views", "vews"], ["vews"]])

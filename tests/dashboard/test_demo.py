@@ -14,7 +14,7 @@ from ssl_ray.study import claims, paper
 from ssl_ray.study.results import Study, read_study
 
 PAPERS = ("paper", "paper-small")
-STUDIES = (*(f"{folder}/{part}" for folder in PAPERS for part in sorted(paper.PARTS)), "fastest", "pareto-small")
+STUDIES = (*(f"{folder}/{part}" for folder in PAPERS for part in sorted(paper.PARTS)), "fastest", "fastest-small", "pareto-small")
 
 
 @pytest.fixture(scope="module")
