@@ -60,6 +60,14 @@ def test_the_table_of_fashion_mnist_in_the_readme_is_what_was_measured():
     assert lines <= set((ROOT / "docs" / "measured.md").read_text().splitlines())
 
 
+@pytest.mark.parametrize("recipe", ["digits", "fashion-mnist"])
+def test_a_recipe_says_to_expect_the_means_that_were_measured(recipe: str):
+    row = next(line for line in (ROOT / "docs" / "measured.md").read_text().splitlines() if f"| {recipe} | mean |" in line)
+    linear_before, linear, knn_before, knn = row.strip("| ").split(" | ")[-4:]
+    head = (ROOT / "ssl_ray" / "recipes" / f"{recipe}.yaml").read_text()
+    assert f"linear {linear_before} untrained, {linear} trained; kNN {knn_before}, {knn}." in head
+
+
 @pytest.mark.parametrize("option", [["views", "vews"], ["vews"]])
 def test_a_benchmark_that_does_not_exist_is_refused_with_what_there_is(option):
     done = subprocess.run([sys.executable, str(FOLDER), *option], capture_output=True, text=True, timeout=60)

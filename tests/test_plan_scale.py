@@ -214,6 +214,7 @@ def forecast(*arguments):
 def test_requests_and_traffic_of_a_small_planned_run_are_those_counted_by_hand():
     # One worker reads both shards whole, chunk by chunk: 64 images of 1 MiB in 64 chunks of one image, which lie side by side.
     keys = ("optim.name=adam", "train.batch=8", "train.lanes=1", "train.workers=1", "data.eval_uri=x", "train.epochs=3")
+    keys += ("checkpoint.every_s=60",)
     sizes = ("--images", "64", "--shards", "2", "--mean-bytes", str(2**20), "--images-per-s", "16")
     seen, _ = forecast(*sizes, *keys)
     assert [seen[name] for name in ("samples", "steps_per_epoch", "steps", "left_out_as_bad")] == [64, 8, 24, 0]

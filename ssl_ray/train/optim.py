@@ -52,8 +52,12 @@ class _EachAlone(torch.optim.Optimizer):
     def _step_of(self, p: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
         raise NotImplementedError
 
-    def _slot(self, p: Tensor, name: str, zeros: Tensor) -> Tensor:
-        return self.state[p].setdefault(name, zeros)
+    def _slot(self, p: Tensor, name: str, like: Tensor) -> Tensor:
+        """The tensor `name` of the state of `p`; zeros like `like` before the first step."""
+        state = self.state[p]
+        if name not in state:
+            state[name] = torch.zeros_like(like)
+        return state[name]
 
 
 class Lars(_EachAlone):
@@ -63,7 +67,7 @@ class Lars(_EachAlone):
     """
 
     def _step_of(self, p: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
-        momentum = self._slot(p, "momentum_buffer", torch.zeros_like(p))
+        momentum = self._slot(p, "momentum_buffer", p)
         momentum.mul_(0.9).add_(self._adapted(p, grad, weight_decay=weight_decay))
         p.add_(momentum, alpha=-lr)
 
@@ -105,12 +109,12 @@ class Muon(_EachAlone):
             self._step_matrix(p, grad, lr=lr, weight_decay=weight_decay)
 
     def _step_matrix(self, p: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
-        momentum = self._slot(p, "momentum_buffer", torch.zeros_like(p)).lerp_(grad, 0.05)
+        momentum = self._slot(p, "momentum_buffer", p).lerp_(grad, 0.05)
         update = orthogonal(grad.lerp(momentum, 0.95).flatten(1))
         p.mul_(1 - lr * weight_decay).add_(update.view_as(p), alpha=-lr * 0.2 * max(update.shape) ** 0.5)
 
     def _step_vector(self, p: Tensor, grad: Tensor, *, lr: float) -> None:
         step = self._slot(p, "step", torch.zeros(())).add_(1).item()
-        mean = self._slot(p, "exp_avg", torch.zeros_like(p)).lerp_(grad, 0.1)
-        square = self._slot(p, "exp_avg_sq", torch.zeros_like(p)).lerp_(grad.square(), 0.05)
+        mean = self._slot(p, "exp_avg", p).lerp_(grad, 0.1)
+        square = self._slot(p, "exp_avg_sq", p).lerp_(grad.square(), 0.05)
         p.addcdiv_(mean / (1 - 0.9**step), (square / (1 - 0.95**step)).sqrt() + 1e-8, value=-lr)

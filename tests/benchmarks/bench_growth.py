@@ -84,7 +84,7 @@ def page(points: list[Point]) -> str:
         f"One thing grows at a time, from {base}; the `small` encoder, without Ray but where workers grow.",
         f"Means of {STEPS} steps, each point a run of its own: `python tests/benchmarks growth` makes this page.",
         "",
-        ", ".join(f"{name} {value}" for name, value in timing.machine().items()),
+        timing.machine_line(),
         "",
         "![time and memory of a step](growth.png)",
         "",

@@ -11,8 +11,6 @@ import subprocess
 import sys
 import tempfile
 
-import timing
-
 RECIPES = ("digits", "fashion-mnist")
 SEEDS = (0, 1, 2)
 READ_OUTS = ("linear_accuracy_untrained", "linear_accuracy", "knn_accuracy_untrained", "knn_accuracy")
@@ -39,13 +37,6 @@ def _trained(recipe: str, seed: int) -> Trained:
         print(" ".join(command[2:]), file=sys.stderr)
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout)
     return Trained(recipe, seed, found["seconds"], found["views"], tuple(found[name] for name in READ_OUTS))
-
-
-def show(rows: list[Trained], *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"machine": timing.machine(), "rows": [dataclasses.asdict(one) for one in rows]}, indent=1))
-    else:
-        timing.keep("recipes", table(rows))
 
 
 def table(rows: list[Trained]) -> str:

@@ -112,6 +112,10 @@ def machine() -> dict[str, str]:
     }
 
 
+def machine_line() -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine().items())
+
+
 def _git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
@@ -151,8 +155,8 @@ def with_section(page: str, name: str, text: str) -> str:
 
 
 def run(name: str, *, as_json: bool) -> None:
-    """Runs one benchmark, prints what came out, as JSON or for people, and then keeps it in docs/; one that is no comparison
-    has a `show` of its own."""
+    """Runs one benchmark and prints what came out, as JSON or for people, for whom it is kept in docs/, too. One that is no
+    comparison has a `table` of its own, one that has a page of its own a `show`."""
     module = importlib.import_module(f"bench_{name}")
     rows = module.rows()
     if hasattr(module, "show"):
@@ -160,12 +164,11 @@ def run(name: str, *, as_json: bool) -> None:
     elif as_json:
         print(json.dumps({"machine": machine(), "rows": [dataclasses.asdict(one) for one in rows]}, indent=1))
     else:
-        keep(name, table(rows))
+        _keep(name, getattr(module, "table", table)(rows))
 
 
-def keep(name: str, text: str) -> None:
+def _keep(name: str, text: str) -> None:
     """Prints a table with the machine that it was made on, and makes it the section `name` of docs/measured.md."""
-    found = ", ".join(f"{key} {value}" for key, value in machine().items())
-    whole = f"{found}\n\n{text}\n"
+    whole = f"{machine_line()}\n\n{text}\n"
     print(whole)
     PAGE.write_text(with_section(PAGE.read_text(), name, whole))
