@@ -159,7 +159,7 @@ def _slope(study: Study) -> list[Claim]:
 # (c), (d), (e) --------------------------------------------------------------------------------------------------------
 
 
-_NAMES = {"views.count": "m", "model.projector_dim": "d", "optim.name": "optimiser"}
+_NAMES = {"views.count": "m", "model.projector_dim": "d", "optim.name": "optimiser", "loss.name": "loss"}
 _UNNAMED = ("optim.warmup_epochs",)
 """Keys that follow from others: as many steps are other epochs where there are more views of an image."""
 
