@@ -1,6 +1,7 @@
 """The frame of the benchmarks: what its numbers mean, and what it says when asked for what there is not."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def test_a_row_has_medians_of_each_side_their_ratio_and_quartiles_of_the_turns()
     assert (row.ours_s, row.peer_s, row.ratio) == (2.0, 10.0, 5.0)
     assert row.spread == (5.0, 10.0)  # of 10, 5 and 6
     other = timing.row("w", [1.0, 2.0, 4.0], [1e-3, 1e-3, 1e-3], peer="q", unit="view", cores=2)
-    cells = ("w", "2", "2 s a view", "p 1.0 10 s (5.00; 5.00 to 10), q 1 ms (0.00; 0.00 to 0.00)")
+    cells = ("w", "2", "2 s per view", "p 1.0 10 s (5.00; 5.00 to 10), q 1 ms (0.00; 0.00 to 0.00)")
     assert timing.table([row, other]).splitlines()[2:] == [f"| {' | '.join(cells)} |"]
 
 
@@ -53,11 +54,14 @@ def test_a_section_takes_the_place_of_its_older_one_and_leaves_the_others():
     assert timing.with_section(page, "views", "new\n") == "# All\n\n## loss\n\nof it\n\n## views\n\nnew\n"
 
 
-def test_the_table_of_fashion_mnist_in_the_readme_is_what_was_measured():
-    section = (ROOT / "README.md").read_text().partition("# Fashion-MNIST\n")[2].partition("\n#")[0]
-    lines = {line for line in section.splitlines() if line.startswith("|")}
+@pytest.mark.parametrize("heading", ["Start", "Fashion-MNIST", "How fast"])
+def test_tables_and_outputs_in_the_readme_are_what_was_measured(heading: str):
+    section = (ROOT / "README.md").read_text().partition(f"# {heading}\n")[2].partition("\n#")[0]
+    outputs = re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    lines = [line for part in outputs for line in part.splitlines() if line != "..."]
+    lines += [line for line in section.splitlines() if line.startswith("|")]
     assert len(lines) > 3
-    assert lines <= set((ROOT / "docs" / "measured.md").read_text().splitlines())
+    assert set(lines) <= set((ROOT / "docs" / "measured.md").read_text().splitlines())
 
 
 @pytest.mark.parametrize("recipe", ["digits", "fashion-mnist"])

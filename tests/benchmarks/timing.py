@@ -125,7 +125,7 @@ def table(rows: Iterable[Row]) -> str:
     lines = ["| what | cores | ours | peers: time (times ours; quartiles of the turns) |", "|---|---|---|---|"]
     for (what, cores), group in itertools.groupby(rows, key=lambda one: (one.what, one.cores)):
         some = list(group)
-        ours = next((f"{_time(one.ours_s)} a {one.unit}" for one in some if one.ours_s is not None), "")
+        ours = next((f"{_time(one.ours_s)} per {one.unit}" for one in some if one.ours_s is not None), "")
         lines.append(f"| {what} | {cores} | {ours} | {', '.join(map(_peer, some))} |")
     return "\n".join(lines)
 
