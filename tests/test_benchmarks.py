@@ -57,8 +57,8 @@ def test_a_section_takes_the_place_of_its_older_one_and_leaves_the_others():
 @pytest.mark.parametrize("heading", ["Start", "Fashion-MNIST", "How fast"])
 def test_tables_and_outputs_in_the_readme_are_what_was_measured(heading: str):
     section = (ROOT / "README.md").read_text().partition(f"# {heading}\n")[2].partition("\n#")[0]
-    outputs = re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-    lines = [line for part in outputs for line in part.splitlines() if line != "..."]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    lines = [line for language, text in blocks if not language for line in text.splitlines() if line != "..."]
     lines += [line for line in section.splitlines() if line.startswith("|")]
     assert len(lines) > 3
     assert set(lines) <= set((ROOT / "docs" / "measured.md").read_text().splitlines())

@@ -32,7 +32,7 @@ def _printed(command: str) -> Printed:
             text=True,
             check=True,
         )
-    return Printed(f"ssl-ray {command}", done.stdout)
+    return Printed(f"ssl-ray {command}", done.stdout.replace(f"{folder}/", ""))
 
 
 def table(rows: list[Printed]) -> str:

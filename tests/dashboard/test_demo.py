@@ -39,6 +39,12 @@ def test_the_claims_in_the_docs_are_those_of_its_studies(studies, folder: str):
     assert claims.as_markdown(found) in (ROOT / "docs" / "claims.md").read_text()
 
 
+def test_the_claims_in_the_readme_are_lines_of_the_docs():
+    lines = re.findall(r"^\| (?:shown|not shown|opposite) \|.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) > 3
+    assert set(lines) <= set((ROOT / "docs" / "claims.md").read_text().splitlines())
+
+
 def test_it_is_served():
     process = start("dashboard", "--demo", "--port", "0", "--json")
     try:
