@@ -374,7 +374,7 @@ def test_the_card_has_the_results_of_named_protocols_at_its_step(export, runs, t
         (run / "evaluations" / "protocols" / f"{step:010d}-{name}.json").write_text(json.dumps(told))
 
     write("knn", 2, top1={"value": 0.5, "interval": [0.25, 1.0]}, top5=None)
-    write("fewshot", 2, shots=[{"images_per_class": 5, "value": 0.75, "interval": [0.5, 1.0]}])
+    write("fewshot", 2, shots=[{"images_per_class": 5, "num_train": 15, "value": 0.75, "interval": [0.5, 1.0]}])
     write("spectrum", 2, alpha={"value": None, "interval": None}, lidar={"value": 2.5, "interval": None})
     part = {"fraction": 0.01, "num_train": 7, "top1": {"value": 0.625, "interval": [0.25, 0.75]}}
     write("finetune", 2, fractions=[part])
@@ -382,7 +382,7 @@ def test_the_card_has_the_results_of_named_protocols_at_its_step(export, runs, t
     export(run, "-o", tmp_path / "to").ok()
     rows = [line for line in (tmp_path / "to" / "README.md").read_text().splitlines() if "s3://b/test" in line]
     assert rows == [
-        "| fewshot, version 1 | top1, 5 images a class | 0.75 | 0.5 to 1 | 36 | 4 | `s3://b/test` |",
+        "| fewshot, version 1 | top1, 5 images a class | 0.75 | 0.5 to 1 | 15 | 4 | `s3://b/test` |",
         "| finetune, version 1 | top1, 0.01 of the labels | 0.625 | 0.25 to 0.75 | 7 | 4 | `s3://b/test` |",
         "| knn, version 1 | top1 | 0.5 | 0.25 to 1 | 36 | 4 | `s3://b/test` |",
         "| spectrum, version 1 | lidar | 2.5 | - | 36 | 4 | `s3://b/test` |",

@@ -109,6 +109,7 @@ def few_shots(
         found.append(
             {
                 "images_per_class": shots,
+                "num_train": len(some),
                 "value": float(np.mean(accuracies)),
                 "interval": scores.t_interval(accuracies),
                 "by_draw": accuracies,

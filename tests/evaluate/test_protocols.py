@@ -83,6 +83,7 @@ def test_few_shots_are_nested_draws_with_students_interval():
     smallest = np.bincount(train[1]).min()
     assert [row["images_per_class"] for row in found] == [n for n in (1, 5, 10, 50) if n <= smallest]
     for row in found:
+        assert row["num_train"] == row["images_per_class"] * len(np.unique(train[1]))
         assert row["value"] == pytest.approx(np.mean(row["by_draw"]))
         expected = stats.t.interval(0.95, 4, row["value"], stats.sem(row["by_draw"]))
         assert row["interval"] == pytest.approx(expected)
