@@ -1,6 +1,7 @@
 """Shared by all tests: the long stage, skips that CI does not allow, a small file system to fill up, a real S3 server."""
 
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ import seaweedfs
 
 # Ray's workers give way to all else by default: beside a test that uses both CPUs they would get a thirtieth.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# A job in the background of a shell ignores Ctrl-C, and so would what the tests start, which they stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
