@@ -1,6 +1,5 @@
 """The pictures of the README: figures of the studies that come with ssl_ray, as `ssl-ray report --figures` draws them."""
 
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -21,28 +20,22 @@ PICTURES = {
 """Study: its figures."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    name: str
-    png: bytes
-
-
-def rows() -> list[Picture]:
+def rows() -> dict[str, str]:
+    """SVG by name."""
     with demo.opened() as studies, tempfile.TemporaryDirectory() as drawn:
         for study in PICTURES:
             report.write_figures(read_study(f"{studies}/{study}"), f"{drawn}/{study}")
-        return [
-            Picture(name, Path(drawn, study, f"{name}.png").read_bytes()) for study, names in PICTURES.items() for name in names
-        ]
+        return {name: Path(drawn, study, f"{name}.svg").read_text() for study, names in PICTURES.items() for name in names}
 
 
-def show(pictures: list[Picture], *, as_json: bool) -> None:
-    """Writes them to docs/pictures, in the place of all that is there; as JSON prints their sizes alone."""
+def show(pictures: dict[str, str], *, as_json: bool) -> None:
+    """Writes them to docs/pictures, in the place of all that is there, and prints their places; as JSON prints them."""
     if as_json:
-        print(json.dumps({one.name: len(one.png) for one in pictures}))
+        print(json.dumps(pictures))
         return
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
-    for one in pictures:
-        (FOLDER / f"{one.name}.png").write_bytes(one.png)
-        print(FOLDER / f"{one.name}.png")
+    for name, svg in pictures.items():
+        at = FOLDER / f"{name}.svg"
+        at.write_text(svg)
+        print(at)
