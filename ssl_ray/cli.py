@@ -218,7 +218,7 @@ def _evaluate_protocols(options: argparse.Namespace) -> list[dict[str, Any]]:
     from ssl_ray.train.protocols import draw_confusion, evaluate_protocols
 
     if options.confusion is not None and len(options.protocols) != 1:
-        raise UsageError(f"--confusion draws that of one protocol, got {len(options.protocols)}.")
+        raise UsageError(f"--confusion draws that of one protocol, got {len(options.protocols)}. Name one.")
     with over_cluster(in_turn, label=options.label) as each:
         results = evaluate_protocols(
             options.run,
