@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,12 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
     except SslRayError as error:
         console.error(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        console.error("stopped.")
-        return Stopped.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except BaseException as error:
+        # A library whose import is interrupted may raise anything.
+        if not isinstance(error, KeyboardInterrupt) and not _interrupted.is_set():
+            raise
+        console.error("stopped.")
+        return Stopped.exit_code
 
 
 def run(arguments: list[str] | None = None) -> NoReturn:
@@ -74,8 +78,12 @@ def run(arguments: list[str] | None = None) -> NoReturn:
     os._exit(code)
 
 
+_interrupted = threading.Event()
+
+
 def _interrupt(number: int, _frame: object) -> NoReturn:
     """Ends a verb, once: `timeout` sends the signal to the process and to its group. A second Ctrl-C waits for nothing."""
+    _interrupted.set()
     signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else lambda *_: os._exit(Stopped.exit_code))
     raise KeyboardInterrupt
 
@@ -407,7 +415,8 @@ def _read_study(values: dict[str, Any], options: argparse.Namespace) -> "tuple[S
     if swept:
         raise UsageError(f"{min(swept)} is swept by {options.study}, and cannot be set for all trials.")
     spec.require_free(made, given, options.study)
-    return made, read_config(made.recipe, [*(f"{key}={value}" for key, value in made.keys.items()), *options.overrides])
+    keys = [f"{key}={'null' if value is None else value}" for key, value in made.keys.items()]
+    return made, read_config(made.recipe, keys + options.overrides)
 
 
 def _study_resume(options: argparse.Namespace) -> Result:

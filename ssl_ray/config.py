@@ -18,7 +18,8 @@ import typing
 from types import NoneType
 from typing import Any, Literal
 
-from ssl_ray.errors import UsageError, without_secrets
+from ssl_ray.errors import UsageError
+from ssl_ray.masking import without_secrets
 
 MAX_LANES = 64
 

@@ -13,7 +13,6 @@
 Nothing ends it: a run may be damaged, and a storage or a cluster away.
 """
 
-import contextlib
 import dataclasses
 import functools
 import io
@@ -33,7 +32,8 @@ import psutil
 
 from ssl_ray import __version__, storage
 from ssl_ray.doctor import asked, doctor, log_of, nodes_of
-from ssl_ray.errors import DataError, ResourceError, SslRayError, UsageError, without_secrets
+from ssl_ray.errors import DataError, ResourceError, SslRayError, UsageError
+from ssl_ray.masking import is_secret, secrets_here, without_any_secret, without_secrets
 from ssl_ray.submit import connected, errors_of
 from ssl_ray.train import cluster, logs
 from ssl_ray.train.capacity import HEAD
@@ -45,27 +45,6 @@ NEWEST = {"failures": 20, "evaluations": 3, "metrics": 3}
 MOST_LINES, MOST_PROCESSES, MOST_JOBS = 10_000, 8, 3
 """Of a cluster: the last lines of a log, the newest processes of the run on a node, and its newest jobs."""
 VARIABLES = re.compile(r"RAY_|AWS_|SSL_RAY|GLOO_|NCCL_|CUDA_|OMP_|TORCH_|PYTHONPATH$|TMPDIR$|LANG$|HTTPS?_PROXY$|NO_PROXY$", re.I)
-SECRET = re.compile(
-    r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|KEY|CREDENTIAL|CONNECTION_STRING|AUTHORIZATION|(?:AUTH|PASS|PWD)(?![A-Z])"
-)
-"""In the name of a variable."""
-SECRET_FIELD = re.compile(
-    r"SECRET|PASSWORD|PASSWD|PASSPHRASE|(?:CREDENTIALS?|CONNECTION_STRING|TOKEN|AUTHORIZATION|PGPASS)$|(?:^|_)(?:AUTH|PASS|PWD)$"
-    r"|(?:API|ACCESS|PRIVATE|ACCOUNT|STORAGE|SHARED|SIGNING|ENCRYPTION|MASTER)_?KEY$"
-)
-"""In another name, as of a header, an option or a field of JSON, in capitals: a sample has a `key`, a run an `author`."""
-NO_SECRET = ("_PATH", "_FILE", "_MODE", "_URI", "_URL", "_SOCK", "_ERROR", "_EXCEPTION")
-LEAST_SECRET = 8
-"""Shorter values may be part of any word."""
-NAMED = re.compile(r"(?<![A-Za-z0-9_])(?:--([A-Za-z][\w-]{0,80})[ \t]+|([A-Za-z][\w-]{0,80})(?:\\*['\"])?[ \t]*[=:][ \t]*)")
-"""A name before its value in a text, as of a variable, an option or JSON: those of a cluster's machines are not known here."""
-VALUE = re.compile(
-    r"(?P<before>[bru]?(?P<quote>\\*['\"]))(?:(?!(?P=quote))(?:\\.|.))+"
-    r"|(?:(?:Bearer|Basic|Digest)[ \t]+)?[^\s'\",;{\[(][^\s'\",;]*",
-    re.IGNORECASE,
-)
-BEARER = re.compile(r"\b(Bearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
-_NO_VALUE = ("none", "null", "true", "false")
 _NODE_LOGS = ("raylet.out", "raylet.err", "gcs_server.out", "gcs_server.err", "monitor.log", "monitor.err", "dashboard_agent.log")
 _PROCESS = re.compile(r"^(?:worker|python-core-(?:worker|driver))-.*[-_](\d+)\.(?:out|err|log)$")
 """Ray's logs of a process, whose number is in the name."""
@@ -104,10 +83,7 @@ class _Bundle:
         self.note(name, f"the end of {len(data)} bytes" if cut else "", size=len(text.encode()))
 
     def clean(self, text: str) -> str:
-        text = "\n".join(map(without_secrets, text.split("\n")))
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return BEARER.sub(r"\1***", _masked(text))
+        return without_any_secret(text, self.secrets)
 
     def note(self, name: str, note: str, *, size: int = 0) -> None:
         self.contents.append({"file": name, "bytes": size, "note": self.clean(note)})
@@ -122,7 +98,7 @@ def debug(run: str, output: str, *, address: str | None = None) -> dict[str, Any
     uri = storage.absolute(run)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        bundle = _Bundle(archive, _secrets())
+        bundle = _Bundle(archive, secrets_here())
         is_there = _add_run(bundle, uri)
         if not is_there and address is None:
             raise DataError(f"{uri}: no run here. `ssl-ray runs list` shows the runs below a folder.")
@@ -186,40 +162,8 @@ def _versions() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "packages": dict(sorted(packages.items(), key=lambda each: each[0].lower())),
-        "environment": {name: "***" if _is_secret(name.upper()) else value for name, value in variables.items()},
+        "environment": {name: "***" if is_secret(name.upper()) else value for name, value in variables.items()},
     }
-
-
-def _is_secret(name: str) -> bool:
-    """Whether the value of a variable, or of what else has a name, is one; that of one that names a file is not."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").upper()
-    if words in ("PWD", "OLDPWD") or words.endswith(NO_SECRET):  # the shell's, of folders
-        return False
-    return (SECRET if name.isupper() else SECRET_FIELD).search(words) is not None
-
-
-def _masked(text: str) -> str:
-    """`text` with *** for values whose names are those of secrets, within other values too."""
-    parts, end = [], 0
-    for name in NAMED.finditer(text):
-        if name.start() < end or not _is_secret(name[1] or name[2]):
-            continue
-        value = VALUE.match(text, name.end())
-        if value is not None and value[0].lower() not in _NO_VALUE:
-            parts += [text[end : name.end()], value["before"] or "", "***"]
-            end = value.end()
-    return "".join([*parts, text[end:]])
-
-
-def _secrets() -> list[str]:
-    """Values of variables that are secrets, as JSON has them too, and Ray's tokens of this user."""
-    found = [value for name, value in os.environ.items() if _is_secret(name.upper())]
-    found += [value.split()[-1] for value in found if BEARER.match(value)]
-    for path in (os.environ.get("RAY_AUTH_TOKEN_PATH"), os.path.expanduser("~/.ray/auth_token")):
-        with contextlib.suppress(OSError, ValueError):
-            found += [Path(path).read_text().strip()] if path else []
-    found += [json.dumps(value)[1:-1] for value in found]
-    return sorted({value for value in found if len(value) >= LEAST_SECRET}, key=len, reverse=True)
 
 
 # Ray's logs --------------------------------------------------------------------------------------------------------

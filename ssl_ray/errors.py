@@ -12,35 +12,10 @@ The one argument of each is its message, so that they survive the pickling betwe
 texts of others: whoever prints it prints `shown(message)`.
 """
 
-import os
-import re
+from ssl_ray.masking import without_secrets
 
 MAX_LINES, MAX_LINE = 3, 1000
 """Of a message as it is printed; the head and the end of a longer line stay."""
-USER_INFO = re.compile(r"(?<=://)([^/\s]*|[^/\s:]*:(?!\d+/)\S*)@")
-"""Keys of S3 may hold a slash, unlike those of a correct URI; what has a port is no password."""
-_SECRET_PARAMETER = re.compile(
-    r"(?<=[?&;])((?:x-(?:amz|goog)-)?(?:signature|credential|security-token)|awsaccesskeyid|sig|(?:access_?)?token|secret|password)"
-    r"=[^&;\s'\"]*",
-    re.IGNORECASE,
-)
-_ACCOUNT_KEY = re.compile(r"((?:AccountKey|SharedAccessSignature)=)[^;\s'\"]+", re.IGNORECASE)
-"""Parts of Azure's connection strings."""
-_SECRET_VARIABLE = re.compile(
-    r"(SECRET|TOKEN|PASSWORD|ACCOUNT_KEY|STORAGE_KEY|CONNECTION_STRING)(?!.*_(PATH|FILE|URI|URL|MODE)(_|$))"
-)
-_LEAST_SECRET = 8
-"""A shorter value of such a variable, as `true`, is no secret, and may be part of any word."""
-
-
-def without_secrets(text: str) -> str:
-    """`text` with *** for users and passwords in URIs, signatures and tokens in their queries, and secrets of the environment."""
-    text = _SECRET_PARAMETER.sub(r"\1=***", USER_INFO.sub("***@", text))
-    text = _ACCOUNT_KEY.sub(r"\1***", text)
-    for name, value in os.environ.items():
-        if len(value) >= _LEAST_SECRET and value in text and _SECRET_VARIABLE.search(name):
-            text = text.replace(value, "***")
-    return text
 
 
 def shown(text: str) -> str:

@@ -18,7 +18,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from ssl_ray.errors import USER_INFO, DataError, ResourceError, UsageError
+from ssl_ray.errors import DataError, ResourceError, UsageError
+from ssl_ray.masking import USER_INFO
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

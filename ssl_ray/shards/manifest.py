@@ -174,6 +174,8 @@ def load_manifest(uri: str) -> Manifest:
     at = storage.join(uri, "manifest.parquet")
     remake = f"Make it again with: ssl-ray data index {uri}"
     if not storage.exists(at):
+        if storage.is_local(uri) and not storage.exists(uri):
+            raise DataError(f"{uri}: there is no such folder. Give one of shards; `ssl-ray data pack` makes shards of images.")
         raise DataError(f"{uri}: no manifest.parquet here. Make one with: ssl-ray data index {uri}")
     file = _open_parquet(at, remake)
     about: Any

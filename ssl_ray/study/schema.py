@@ -141,7 +141,9 @@ def read_head(uri: str) -> Head:
     at = storage.join(uri, "study.json")
     record = read_optional(at)
     if record is None:
-        raise DataError(f"{uri}: no study here (no study.json).\n`ssl-ray study list` shows the studies below a folder.")
+        parts = [name for name in storage.list_names(uri)[:20] if storage.exists(storage.join(uri, name, "study.json"))]
+        found = f", but in {', '.join(parts)} below it" if parts else ""
+        raise DataError(f"{uri}: no study here (no study.json){found}.\n`ssl-ray study list` shows the studies below a folder.")
     head = read_as(Head, record, at)
     require(head.mode != "near" or head.target is not None, at, "mode is near, but target is null")
     names = [trial.name for trial in head.trials]

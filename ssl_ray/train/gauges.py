@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ssl_ray.errors import without_secrets
+from ssl_ray.masking import without_secrets
 from ssl_ray.train import cluster, runs
 
 EVERY_S = 2.0

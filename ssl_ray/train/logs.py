@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from typing import Any
 
-from ssl_ray.errors import Stopped, without_secrets
+from ssl_ray.errors import Stopped
+from ssl_ray.masking import without_secrets
 from ssl_ray.train import cluster, runs
 
 MAX_BYTES = 2**24

@@ -90,7 +90,7 @@ def test_a_wrong_command_line_says_what_there_is(cli, tmp_path, monkeypatch, arg
         (["train.batch=128"], 2, ["train.batch: got 128, but only", "Use a smaller train.batch"]),
         (["model.encoder=resnet19"], 2, ["model.encoder: got resnet19", "Did you mean resnet18?"]),
         (["train.init_from=nothing"], 3, ["nothing: no checkpoint here"]),
-        (["data.eval_uri=nothing"], 3, ["nothing: no manifest.parquet here", "ssl-ray data index"]),
+        (["data.eval_uri=nothing"], 3, ["nothing: there is no such folder", "ssl-ray data pack"]),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_run_is_made(pretrain, packed, tmp_path, keys, code, parts):
@@ -156,6 +156,7 @@ def test_an_empty_or_absent_folder_is_said_to_hold_nothing(pretrain, cli, tmp_pa
     empty = tmp_path / "empty"
     empty.mkdir()
     pretrain(f"data.uri={empty}").refused(3, "no manifest.parquet here")
+    pretrain(f"data.uri={tmp_path / 'absent'}").refused(3, f"{tmp_path / 'absent'}: there is no such folder")
     for place in (empty, tmp_path / "absent"):
         cli("data", "index", place).refused(3, f"{place}: no shards here")
     cli("data", "pack", empty, tmp_path / "packed").refused(3, f"{empty}: no image below it")

@@ -352,7 +352,11 @@ def failure(uri: str) -> str:
 
 
 def test_where_there_is_no_study_the_error_says_so(tmp_path: Path):
-    assert "no study here" in failure(str(tmp_path))
+    assert "no study here (no study.json)." in failure(str(tmp_path))
+    for name in ("views", "recipe", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("notes.txt" if name == "notes" else "study.json")).touch()
+    assert "no study here (no study.json), but in recipe, views below it." in failure(str(tmp_path))
 
 
 @pytest.mark.parametrize(
