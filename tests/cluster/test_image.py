@@ -1,7 +1,7 @@
 """The image of cluster/Dockerfile, really built, on a Debian made here in the place of Docker's, without a daemon or a registry.
 
-Five minutes on two idle cores and 15 GB of disk, most of both torch's: pip is given this machine's own settings, to take packages
-from where it takes them.  Needs root and `apt install buildah crun mmdebstrap`.
+Five minutes on two idle cores, and disk for four times its 7 GB while it is made, most of both torch's: pip is given this
+machine's own settings, to take packages from where it takes them.  Needs root and `apt install buildah crun mmdebstrap`.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,7 +21,12 @@ import yaml
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 PROGRAMS = ("buildah", "mmdebstrap")
-MISSING = ", ".join(name for name in PROGRAMS if not shutil.which(name)) or ("root" if os.geteuid() else "")
+BYTES = 30e9
+MISSING = ", ".join(
+    [name for name in PROGRAMS if not shutil.which(name)]
+    + ["root"] * (os.geteuid() != 0)
+    + [f"{BYTES / 1e9:.0f} GB of free disk"] * (shutil.disk_usage(tempfile.gettempdir()).free < BYTES)
+)
 RUN = ["train.workers=0", "train.steps=6", "train.batch=32", *harness.SMALL]
 LOADS = """
 from ssl_ray.views import draws, kernel, png, stored
