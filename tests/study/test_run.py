@@ -16,7 +16,9 @@ from ssl_ray.study.results import Study, read_study
 
 TINY = """
 recipe: digits
-keys: {train.workers: 0, data.eval_uri: null, train.digest: true, evaluate.max_images: 50, checkpoint.every_steps: 4, views.size_px: 8}
+keys:
+  {data.eval_uri: null, train.workers: 0, train.digest: true, checkpoint.every_steps: 4, views.size_px: 8,
+   evaluate.max_images: 50}
 sweep:
   model.projector_dim: {grid: [16, 24, 32]}
   views.count: {grid: [2]}
