@@ -5,6 +5,7 @@ initial weights where the shapes are equal; its interval is Student's over the s
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -42,7 +43,7 @@ def claims(projector: Study, views: Study, fraction: Study, recipe: Study) -> li
 
     projector: d times beta at m = 2.  views: cells of (m, d), of which the first, with m = 2 and the largest d, is the baseline.
     fraction: cells of (m, fraction), of which that with the fewest views of the largest fraction is the baseline.
-    recipe: cells, of which the first is the baseline.
+    recipe: cells, of which the first is the baseline, as are those with other crops or colours alone.
     """
     return [*_projector(projector), *_slope(projector), *_sooner(views, "c"), *_fraction(fraction), *_sooner(recipe, "e")]
 
@@ -159,9 +160,17 @@ def _slope(study: Study) -> list[Claim]:
 # (c), (d), (e) --------------------------------------------------------------------------------------------------------
 
 
-_NAMES = {"views.count": "m", "model.projector_dim": "d", "optim.name": "optimiser", "loss.name": "loss"}
-_UNNAMED = ("optim.warmup_epochs",)
-"""Keys that follow from others: as many steps are other epochs where there are more views of an image."""
+_NAMES = {
+    "views.count": "m",
+    "views.crop_scale": "crops",
+    "views.brightness": "colours",
+    "model.projector_dim": "d",
+    "optim.name": "optimiser",
+    "loss.name": "loss",
+}
+_UNNAMED = ("optim.warmup_epochs", "views.contrast")
+"""Keys that follow from others: as many steps are other epochs where an image has more views; contrast is as brightness is."""
+_OF_VIEWS = ("views.crop_scale", "views.brightness", "views.contrast")
 
 
 def _arm(trial: Trial) -> str:
@@ -170,17 +179,24 @@ def _arm(trial: Trial) -> str:
 
 
 def _sooner(study: Study, part: str) -> list[Claim]:
-    """How many times as soon each arm is as good (MARGIN) as the baseline, the first one, with the same seed is at its end."""
+    """How many times as soon each arm is as good (MARGIN) as a baseline with the same seed is at its end.
+
+    Baselines are the first arm and those that differ from it in nothing but how views are cropped and coloured.
+    """
     if not study.trials:
         return []
     trials: dict[str, dict[int, Trial]] = {}
     for trial in study.trials:
         trials.setdefault(_arm(trial), {})[trial.seed] = trial
-    (baseline, of_baseline), *arms = trials.items()
+    first = next(iter(trials))
+    alike = {arm: _without_crops(next(iter(of_arm.values()))) for arm, of_arm in trials.items()}
+    baselines = [arm for arm, settings in alike.items() if settings == alike[first]]
     found = []
-    for arm, of_arm in arms:
+    for baseline, arm in itertools.product(baselines, trials):
+        if arm in (first, baseline):
+            continue
         for unit in ("minutes", "views"):
-            both = [(of_baseline[seed], of_arm[seed]) for seed in of_baseline if seed in of_arm]
+            both = [(trials[baseline][seed], trials[arm][seed]) for seed in trials[baseline] if seed in trials[arm]]
             logs = [_log_ratio(*pair, unit, study.head.objective) for pair in both]
             reached = sum(map(math.isfinite, logs))
             log = mean_interval(logs if reached == len(logs) else [])
@@ -195,6 +211,10 @@ def _sooner(study: Study, part: str) -> list[Claim]:
                 )
             )
     return found
+
+
+def _without_crops(trial: Trial) -> dict[str, Any]:
+    return {key: value for key, value in trial.settings.items() if key not in _OF_VIEWS}
 
 
 def _log_ratio(baseline: Trial, arm: Trial, unit: str, objective: str) -> float:

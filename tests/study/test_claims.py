@@ -69,6 +69,24 @@ def test_what_is_the_other_way_round_is_opposite(judged):
     assert "shown" not in (verdicts(found, "c") | verdicts(found, "e")).values()
 
 
+def test_recipes_are_compared_with_the_baseline_of_the_same_crops_too(tmp_path, monkeypatch):
+    def accuracy(minutes, *, d, beta, m, fraction, seed):
+        return 0.8 - 0.5 * 2.0 ** (-minutes / (4 / m))
+
+    how = {"monkeypatch": monkeypatch, "law": accuracy}
+    empty = study(tmp_path / "empty", grid={"views.count": [2]}, **how)
+    recipe = study(tmp_path / "recipe", grid={"views.count": [2, 4], "views.brightness": [0.4, 0.6]}, points=200, **how)
+    found = verdicts([claim for claim in claims.claims(empty, empty, empty, recipe) if "minutes" in claim.text], "e")
+    few, more = "m = 2, colours = 0.4", "m = 2, colours = 0.6"
+    assert {text.replace(" needs fewer minutes than ", " / "): verdict for text, verdict in found.items()} == {
+        f"{more} / {few}": "not shown",
+        f"m = 4, colours = 0.4 / {few}": "shown",
+        f"m = 4, colours = 0.6 / {few}": "shown",
+        f"m = 4, colours = 0.4 / {more}": "shown",
+        f"m = 4, colours = 0.6 / {more}": "shown",
+    }
+
+
 def test_few_seeds_show_nothing(tmp_path, monkeypatch):
     how = {"monkeypatch": monkeypatch, "seeds": (0,)}
     grids = (
