@@ -52,18 +52,20 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verb is _doctor and not all(finding["ok"] for finding in value):
             return ResourceError.exit_code
         return DataError.exit_code if options.verb is _data_check and not value["ok"] else 0
-    except SslRayError as error:
-        console.error(str(error))
-        return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except BaseException as error:
-        # A library whose import is interrupted may raise anything.
-        if not isinstance(error, KeyboardInterrupt) and not _interrupted.is_set():
-            raise
-        console.error("stopped.")
-        return Stopped.exit_code
+        if isinstance(error, KeyboardInterrupt):
+            console.error("stopped.")
+            return Stopped.exit_code
+        if _interrupted.is_set() and not isinstance(error, Stopped):  # a library whose import is interrupted may raise anything
+            console.error(f"stopped, which ended in {type(error).__name__}: {error}")
+            return Stopped.exit_code
+        if isinstance(error, SslRayError):
+            console.error(str(error))
+            return error.exit_code
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        raise
 
 
 def run(arguments: list[str] | None = None) -> NoReturn:
@@ -415,8 +417,7 @@ def _read_study(values: dict[str, Any], options: argparse.Namespace) -> "tuple[S
     if swept:
         raise UsageError(f"{min(swept)} is swept by {options.study}, and cannot be set for all trials.")
     spec.require_free(made, given, options.study)
-    keys = [f"{key}={'null' if value is None else value}" for key, value in made.keys.items()]
-    return made, read_config(made.recipe, keys + options.overrides)
+    return made, read_config(made.recipe, spec.overrides(made) + options.overrides)
 
 
 def _study_resume(options: argparse.Namespace) -> Result:

@@ -16,7 +16,8 @@ _PARAMETER = re.compile(
 _ACCOUNT_KEY = re.compile(r"((?:AccountKey|SharedAccessSignature)=)[^;\s'\"]+", re.IGNORECASE)
 """Parts of Azure's connection strings."""
 _VARIABLE = re.compile(
-    r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|KEY|CREDENTIAL|CONNECTION_STRING|AUTHORIZATION|(?:AUTH|PASS|PWD)(?![A-Z])"
+    r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|APIKEY|ACCESSKEY|CREDENTIAL|CONNECTION_STRING|AUTHORIZATION"
+    r"|(?:^|_)(?:KEYS?|AUTH|(?:PG)?PASS|PWD)(?:_|$)"
 )
 """In the name of a variable."""
 _FIELD = re.compile(
@@ -24,7 +25,8 @@ _FIELD = re.compile(
     r"|(?:API|ACCESS|PRIVATE|ACCOUNT|STORAGE|SHARED|SIGNING|ENCRYPTION|MASTER)_?KEY$"
 )
 """In another name, as of a header, an option or a field of JSON, in capitals: a sample has a `key`, a run an `author`."""
-_NO_SECRET = ("_PATH", "_FILE", "_DIR", "_MODE", "_URI", "_URL", "_SOCK", "_ERROR", "_EXCEPTION")
+_NO_SECRET = ("_PATH", "_FILE", "_DIR", "_MODE", "_URI", "_URL", "_SOCK", "_ERROR", "_EXCEPTION", "_FILENAME", "_PREFIX")
+_PLACES = ("PWD", "OLDPWD", "GOOGLE_APPLICATION_CREDENTIALS")
 _LEAST = 8
 """A shorter value, as `true`, is no secret, and may be part of any word."""
 _NAMED = re.compile(r"(?<![A-Za-z0-9_])(?:--([A-Za-z][\w-]{0,80})[ \t]+|([A-Za-z][\w-]{0,80})(?:\\*['\"])?[ \t]*[=:][ \t]*)")
@@ -42,9 +44,9 @@ def without_secrets(text: str) -> str:
     """`text` with *** for users and passwords in URIs, signatures and tokens in their queries, and secrets of the environment."""
     text = _PARAMETER.sub(r"\1=***", USER_INFO.sub("***@", text))
     text = _ACCOUNT_KEY.sub(r"\1***", text)
-    for name, value in os.environ.items():
-        if len(value) >= _LEAST and value in text and is_secret(name.upper()):
-            text = text.replace(value, "***")
+    found = [value for name, value in os.environ.items() if len(value) >= _LEAST and value in text and is_secret(name.upper())]
+    for value in sorted(found, key=len, reverse=True):  # one may begin with another
+        text = text.replace(value, "***")
     return text
 
 
@@ -60,7 +62,7 @@ def is_secret(name: str) -> bool:
     """Whether the value of a variable, which is in capitals, or of what else has a name, is one; that of one that names a file
     is not."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").upper()
-    if words in ("PWD", "OLDPWD") or words.endswith(_NO_SECRET):  # the shell's, of folders
+    if words in _PLACES or words.endswith(_NO_SECRET):
         return False
     return (_VARIABLE if name.isupper() else _FIELD).search(words) is not None
 

@@ -168,13 +168,15 @@ _NAMES = {
     "optim.name": "optimiser",
     "loss.name": "loss",
 }
-_UNNAMED = ("optim.warmup_epochs", "views.contrast")
-"""Keys that follow from others: as many steps are other epochs where an image has more views; contrast is as brightness is."""
+_UNNAMED = ("optim.warmup_epochs",)
+"""Keys that follow from others: as many steps are other epochs where there are more views of an image."""
 _OF_VIEWS = ("views.crop_scale", "views.brightness", "views.contrast")
 
 
 def _arm(trial: Trial) -> str:
     named = {key: value for key, value in trial.settings.items() if key not in _UNNAMED}
+    if named.get("views.contrast") == named.get("views.brightness"):
+        named.pop("views.contrast", None)
     return ", ".join(f"{_NAMES.get(key, key.rpartition('.')[2])} = {value}" for key, value in named.items())
 
 

@@ -8,6 +8,7 @@
 The dataclasses here are the schema: what they do not have is not read, what has no default there must be in the file.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ssl_ray import __version__, storage
 from ssl_ray.config import flatten
-from ssl_ray.errors import DataError
+from ssl_ray.errors import DataError, SslRayError
 from ssl_ray.train import runs
 
 FORMAT_VERSION = 1
@@ -141,7 +142,9 @@ def read_head(uri: str) -> Head:
     at = storage.join(uri, "study.json")
     record = read_optional(at)
     if record is None:
-        parts = [name for name in storage.list_names(uri)[:20] if storage.exists(storage.join(uri, name, "study.json"))]
+        parts: list[str] = []
+        with contextlib.suppress(SslRayError):  # where nothing may be listed
+            parts += [name for name in storage.list_names(uri)[:20] if storage.exists(storage.join(uri, name, "study.json"))]
         found = f", but in {', '.join(parts)} below it" if parts else ""
         raise DataError(f"{uri}: no study here (no study.json){found}.\n`ssl-ray study list` shows the studies below a folder.")
     head = read_as(Head, record, at)

@@ -136,6 +136,11 @@ def _check(spec: Spec, source: str) -> None:
     require(not twice, "cells", ", ".join(sorted(twice)), "other keys than those of sweep")
 
 
+def overrides(spec: Spec) -> list[str]:
+    """Its `keys`, as the command line has them."""
+    return [f"{key}={'null' if value is None else value}" for key, value in spec.keys.items()]
+
+
 def require_free(spec: Spec, keys: Iterable[str], source: str) -> None:
     """Raises UsageError for a key that the study itself sets."""
     ours = _OURS | (_BUDGETED if spec.budget is not None else {})

@@ -384,3 +384,23 @@ def test_control_c_on_a_terminal_leaves_a_checkpoint_and_the_same_command_contin
     assert "Traceback" not in text
     assert "with a checkpoint; the same command continues." in text.splitlines()[-1]
     assert_continues(pretrain, uri, undisturbed, *keys)
+
+
+IMPORT = """
+import os, signal
+
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+except KeyboardInterrupt:
+    raise ImportError("torch._C could not be loaded")
+"""
+
+
+def test_an_interrupted_import_that_fails_in_words_of_its_own_is_a_stop(trained, tmp_path):
+    (tmp_path / "torch.py").write_text(IMPORT)
+    command = [sys.executable, "-m", "ssl_ray", "export", str(trained), "-o", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "ssl-ray: stopped, which ended in ImportError: torch._C could not be loaded\n"

@@ -25,7 +25,7 @@ BYTES = 30e9
 MISSING = ", ".join(
     [name for name in PROGRAMS if not shutil.which(name)]
     + ["root"] * (os.geteuid() != 0)
-    + [f"{BYTES / 1e9:.0f} GB of free disk"] * (shutil.disk_usage(tempfile.gettempdir()).free < BYTES)
+    + [f"{BYTES / 1e9:.0f} GB of free disk"] * (shutil.disk_usage(tempfile.gettempdir()).free < BYTES and "CI" not in os.environ)
 )
 RUN = ["train.workers=0", "train.steps=6", "train.batch=32", *harness.SMALL]
 LOADS = """

@@ -141,8 +141,7 @@ def test_the_studies_that_come_along_are_studies(path: Path, small: bool):
     values |= part if small else {}
     for study in values.get("parts", {"": values}).values():
         made = spec.parse(study, source=path.stem)
-        keys = [f"{key}={'null' if value is None else value}" for key, value in made.keys.items()]
-        base = config.to_dict(read_config(made.recipe, keys))
+        base = config.to_dict(read_config(made.recipe, spec.overrides(made)))
         for settings in spec.cells(made):
             for seed in made.seeds:
                 spec.configured(base, settings, seed=seed, source=path.stem)
