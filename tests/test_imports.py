@@ -22,6 +22,7 @@ LAYERS = {
     "deadline": 0,
     "each": 0,
     "errors": 0,
+    "masking": 0,
     "philox": 0,
     "storage": 0,
     "shards": 1,
