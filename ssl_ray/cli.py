@@ -52,10 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verb is _doctor and not all(finding["ok"] for finding in value):
             return ResourceError.exit_code
         return DataError.exit_code if options.verb is _data_check and not value["ok"] else 0
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            console.error("stopped.")
-            return Stopped.exit_code
+    except KeyboardInterrupt:
+        console.error("stopped.")
+        return Stopped.exit_code
+    except Exception as error:
         if _interrupted.is_set() and not isinstance(error, Stopped):  # a library whose import is interrupted may raise anything
             console.error(f"stopped, which ended in {type(error).__name__}: {error}")
             return Stopped.exit_code

@@ -16,8 +16,7 @@ _PARAMETER = re.compile(
 _ACCOUNT_KEY = re.compile(r"((?:AccountKey|SharedAccessSignature)=)[^;\s'\"]+", re.IGNORECASE)
 """Parts of Azure's connection strings."""
 _VARIABLE = re.compile(
-    r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|APIKEY|ACCESSKEY|CREDENTIAL|CONNECTION_STRING|AUTHORIZATION"
-    r"|(?:^|_)(?:KEYS?|AUTH|(?:PG)?PASS|PWD)(?:_|$)"
+    r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|KEY|CREDENTIAL|CONNECTION_STRING|AUTHORIZATION|(?:AUTH|PASS|PWD)(?![A-Z])"
 )
 """In the name of a variable."""
 _FIELD = re.compile(
@@ -25,8 +24,9 @@ _FIELD = re.compile(
     r"|(?:API|ACCESS|PRIVATE|ACCOUNT|STORAGE|SHARED|SIGNING|ENCRYPTION|MASTER)_?KEY$"
 )
 """In another name, as of a header, an option or a field of JSON, in capitals: a sample has a `key`, a run an `author`."""
-_NO_SECRET = ("_PATH", "_FILE", "_DIR", "_MODE", "_URI", "_URL", "_SOCK", "_ERROR", "_EXCEPTION", "_FILENAME", "_PREFIX")
+_NO_SECRET = ("_PATH", "_FILE", "_MODE", "_URI", "_URL", "_SOCK", "_ERROR", "_EXCEPTION")
 _PLACES = ("PWD", "OLDPWD", "GOOGLE_APPLICATION_CREDENTIALS")
+"""Variables that hold a place, whatever their names say."""
 _LEAST = 8
 """A shorter value, as `true`, is no secret, and may be part of any word."""
 _NAMED = re.compile(r"(?<![A-Za-z0-9_])(?:--([A-Za-z][\w-]{0,80})[ \t]+|([A-Za-z][\w-]{0,80})(?:\\*['\"])?[ \t]*[=:][ \t]*)")

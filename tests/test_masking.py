@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssl_ray.masking import without_any_secret
+from ssl_ray.masking import without_any_secret, without_secrets
 
 SECRETS = [
     "aws_secret_access_key = {}",
@@ -43,3 +43,16 @@ def test_a_value_of_what_is_named_as_a_secret_is_masked_and_nothing_else(form: s
 @pytest.mark.parametrize("text", INNOCENT)
 def test_what_is_no_secret_is_left(text: str):
     assert without_any_secret(text, []) == text
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "DBPASS", "SSHKEY", "WANDB_API_KEY", "HTTP_AUTH", "KEY1"])
+def test_a_secret_of_the_environment_is_masked_before_one_that_it_begins_with(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("A_TOKEN", "abcdefgh")
+    monkeypatch.setenv(name, "abcdefgh-and-the-rest")
+    assert without_secrets("refused: abcdefgh-and-the-rest, abcdefgh") == "refused: ***, ***"
+
+
+@pytest.mark.parametrize("name", ["GOOGLE_APPLICATION_CREDENTIALS", "RAY_AUTH_TOKEN_PATH", "OLDPWD"])
+def test_the_place_of_a_file_is_shown(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, "/etc/a-place-of-its-own")
+    assert without_secrets("/etc/a-place-of-its-own: not found") == "/etc/a-place-of-its-own: not found"

@@ -190,12 +190,11 @@ def _sooner(study: Study, part: str) -> list[Claim]:
     trials: dict[str, dict[int, Trial]] = {}
     for trial in study.trials:
         trials.setdefault(_arm(trial), {})[trial.seed] = trial
-    first = next(iter(trials))
-    alike = {arm: _without_crops(next(iter(of_arm.values()))) for arm, of_arm in trials.items()}
-    baselines = [arm for arm, settings in alike.items() if settings == alike[first]]
+    first = study.trials[0]
+    baselines = dict.fromkeys(_arm(trial) for trial in study.trials if _without_crops(trial) == _without_crops(first))
     found = []
     for baseline, arm in itertools.product(baselines, trials):
-        if arm in (first, baseline):
+        if arm in (_arm(first), baseline):
             continue
         for unit in ("minutes", "views"):
             both = [(trials[baseline][seed], trials[arm][seed]) for seed in trials[baseline] if seed in trials[arm]]

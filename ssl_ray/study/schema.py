@@ -142,7 +142,7 @@ def read_head(uri: str) -> Head:
     at = storage.join(uri, "study.json")
     record = read_optional(at)
     if record is None:
-        parts: list[str] = []
+        parts: list[str] = []  # of the first names alone: below may be thousands of runs
         with contextlib.suppress(SslRayError):  # where nothing may be listed
             parts += [name for name in storage.list_names(uri)[:20] if storage.exists(storage.join(uri, name, "study.json"))]
         found = f", but in {', '.join(parts)} below it" if parts else ""
